@@ -1,0 +1,78 @@
+"""What a file of ours says of itself: origin, shape, preprocessing, precision and verdict.
+
+The same fields stand in the header of safetensors files and in the metadata of ONNX files, each
+under `replk.<name>`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from replk_deploy import __version__
+from replk_deploy.models.base import Form
+from replk_deploy.precision import Precision
+from replk_deploy.preprocess import Preprocessing
+
+State = Literal["pass", "rejected", "provisional", "unverified"]
+PREFIX = "replk."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a verification found; it speaks only of the content whose hash it carries.
+
+    Attributes:
+        state: only `pass` lets an artefact be timed or stand in for its source.
+        content: SHA-256 of the weights, or of graph and weights, that were judged.
+        reference: SHA-256 of the checkpoint it was judged against.
+        worst: largest share of the allowance that was used; above 1 is a rejection.
+        why: one sentence.
+    """
+
+    state: State
+    content: str
+    reference: str
+    worst: float | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """What a file of ours says of itself."""
+
+    family: str
+    form: Form
+    geometry: str
+    label: str
+    precision: Precision
+    preprocessing: Preprocessing
+    source_sha256: str
+    source_name: str
+    version: str = __version__
+    verdict: Verdict | None = None
+
+    def to_strings(self) -> dict[str, str]:
+        """Return the fields as text for a file header."""
+        fields = dataclasses.asdict(self)
+        return {
+            f"{PREFIX}{k}": v if isinstance(v, str) else json.dumps(v, sort_keys=True)
+            for k, v in fields.items()
+            if v is not None
+        }
+
+    @classmethod
+    def from_strings(cls, header: Mapping[str, str]) -> Self | None:
+        """Read the fields back; None when the header is not ours, ValueError when it is damaged."""
+        found: dict[str, Any] = {k.removeprefix(PREFIX): v for k, v in header.items() if k.startswith(PREFIX)}
+        if not found:
+            return None
+        try:
+            preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(found["preprocessing"]).items()}
+            found["preprocessing"] = Preprocessing(**preprocessing)
+            if "verdict" in found:
+                found["verdict"] = Verdict(**json.loads(found["verdict"]))
+            return cls(**{k: v for k, v in found.items() if k in {f.name for f in dataclasses.fields(cls)}})
+        except (KeyError, TypeError, json.JSONDecodeError) as exc:
+            raise ValueError(f"its replk header is damaged: {exc}") from exc

@@ -1,0 +1,40 @@
+"""Precisions, what they may cost, and the evidence.
+
+A candidate is judged against what its precision costs PyTorch on the same checkpoint and the same
+images: with e the relative L2 error of eager PyTorch at that precision against float64, the bound
+is `factor`·max(e, 1e-7). `limit` bounds e itself: above it the checkpoint does not survive the
+precision. Evidence for each row: docs/errors.md.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+FLOOR = 1e-7  # below this, float32 results differ by the order of a few additions
+ALGEBRA = 1e-12  # float64 gate of a fusion; measured 5e-15 to 3e-14 with fitted statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How one precision is stored and judged; `typical` is the error that correct networks showed."""
+
+    onnx: str
+    opset: int
+    factor: float
+    limit: float
+    typical: float
+
+    @property
+    def torch_dtype(self) -> Any:
+        """Return the dtype of PyTorch."""
+        import torch  # noqa: PLC0415  # this table is read where torch must not load
+
+        return {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}[self.onnx]
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(onnx="FLOAT", opset=20, factor=10, limit=1e-4, typical=2e-6),
+    "fp16": Tolerance(onnx="FLOAT16", opset=20, factor=3, limit=5e-2, typical=4e-3),
+    "bf16": Tolerance(onnx="BFLOAT16", opset=22, factor=3, limit=2e-1, typical=3e-2),
+}
