@@ -1,12 +1,12 @@
 """Every way in which replk says no.
 
-    ReplkError                 2  a request or an input that cannot be taken
-    ├── CheckpointError        2  the weights file is damaged, foreign or incomplete
-    ├── MismatchError          3  an artefact does not compute what its source computes
-    ├── UnavailableError       5  a package, device or driver is missing or unable
-    ├── IntegrityError         6  a file is not what its record says, or nothing vouches for it
-    └── InconclusiveError      7  the noise is too large to answer
-    ContractError                 our own bug: outside the tree, it keeps its traceback (exit 1)
+ReplkError                 2  a request or an input that cannot be taken
+├── CheckpointError        2  the weights file is damaged, foreign or incomplete
+├── MismatchError          3  an artefact does not compute what its source computes
+├── UnavailableError       5  a package, device or driver is missing or unable
+├── IntegrityError         6  a file is not what its record says, or nothing vouches for it
+└── InconclusiveError      7  the noise is too large to answer
+ContractError                 our own bug: outside the tree, it keeps its traceback (exit 1)
 """
 
 from enum import IntEnum

@@ -27,9 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
     except OSError as exc:
-        raise ReplkError(
-            f"{path.parent} cannot be written: {exc.strerror}", "name another place with -o"
-        ) from exc
+        raise ReplkError(f"{path.parent} cannot be written: {exc.strerror}", "name another place with -o") from exc
     try:
         yield part
         with part.open("rb") as file:

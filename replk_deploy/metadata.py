@@ -69,8 +69,9 @@ class Metadata:
         if not found:
             return None
         try:
-            preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(found["preprocessing"]).items()}
-            found["preprocessing"] = Preprocessing(**preprocessing)
+            said: dict[str, Any] = json.loads(found["preprocessing"])
+            said = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+            found["preprocessing"] = Preprocessing(**said)
             if "verdict" in found:
                 found["verdict"] = Verdict(**json.loads(found["verdict"]))
             return cls(**{k: v for k, v in found.items() if k in {f.name for f in dataclasses.fields(cls)}})

@@ -28,7 +28,7 @@ class Tolerance:
     @property
     def torch_dtype(self) -> Any:
         """Return the dtype of PyTorch."""
-        import torch  # noqa: PLC0415  # this table is read where torch must not load
+        import torch  # this table is read where torch must not load
 
         return {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}[self.onnx]
 

@@ -48,7 +48,7 @@ class Preprocessing:
 
     def normalise(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         """Turn [N, H, W, 3] uint8 into [N, 3, H, W] float32."""
-        scaled = (pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        scaled = (pixels.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), dtype=np.float32)
 
 

@@ -10,5 +10,5 @@ class Progress(Protocol):
         """Note that `done` of `total` parts of `step` are finished; None when the total is unknown."""
 
 
-def silent(step: str, done: int, total: int | None) -> None:  # noqa: ARG001  # the null listener
+def silent(step: str, done: int, total: int | None) -> None:  # the null listener
     """Listen to nothing."""

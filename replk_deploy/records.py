@@ -58,8 +58,8 @@ def read(path: Path, kind: str, newest: int) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        name, _, number = str(record["schema"]).rpartition("/")
-        number = int(number)
+        name, _, digits = str(record["schema"]).rpartition("/")
+        number = int(digits)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise IntegrityError(f"{path} is not a record of replk", f"delete it and make it again: rm {path}") from exc
     if name != f"replk.{kind}":

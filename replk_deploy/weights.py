@@ -57,7 +57,9 @@ def read(path: Path) -> tuple[Network, Metadata]:
     model = family.empty(family.parse(metadata.geometry), metadata.form)
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if wanted != {name: tuple(t.shape) for name, t in tensors.items()}:
-        raise CheckpointError(f"the tensors of {path} do not fit its own header", "fuse the checkpoint again: replk fuse CKPT")
+        raise CheckpointError(
+            f"the tensors of {path} do not fit its own header", "fuse the checkpoint again: replk fuse CKPT"
+        )
     dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
     if dtypes != {TOLERANCES[metadata.precision].torch_dtype}:
         raise CheckpointError(f"{path} says {metadata.precision} and holds {dtypes}", "export it again")

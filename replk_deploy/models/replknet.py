@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Self, final
+from typing import Any, ClassVar, Self, cast, final
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from replk_deploy.models import reparam
 from replk_deploy.models.base import Fold, Form, Network, Shapes
+
+CONV_DIMS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class RepLKGeometry:
     @property
     def stride(self) -> int:
         """Give the down-sampling factor of the last stage."""
-        return 4 * 2 ** (len(self.channels) - 1)
+        return int(4 * 2 ** (len(self.channels) - 1))
 
 
 def _variant(width: int, kernels: tuple[int, ...], small: int | None, dw_ratio: float) -> RepLKGeometry:
@@ -121,10 +123,8 @@ class LargeKernel(reparam.Reparam):
         kernel = _fold_own(self.lkb_origin)
         if self.small_conv is not None:
             kernel = reparam.add_branches(kernel, _fold_own(self.small_conv))
-        like = self.lkb_origin.conv
-        conv = nn.Conv2d(
-            like.in_channels, like.out_channels, like.kernel_size, padding=like.padding, groups=like.groups, device="meta"
-        )
+        channels, _, size, _ = kernel.weight.shape
+        conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, device="meta")
         conv.load_state_dict(kernel._asdict(), assign=True)
         return conv
 
@@ -168,7 +168,8 @@ class RepLKBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, W] to the same shape."""
         out: Tensor = self.large_kernel(self.pw1(self.prelkb_bn(x)))
-        return x + self.pw2(functional.relu(out))
+        out = self.pw2(functional.relu(out))
+        return x + out
 
 
 @final
@@ -229,10 +230,8 @@ class RepLKNet(Network):
             nn.Sequential(ConvBNReLU(a, b, 1, form=form), ConvBNReLU(b, b, 3, stride=2, groups=b, form=form))
             for a, b in pairwise(g.channels)
         )
-        self.norm, self.head = None, None
-        if g.classes is not None:
-            self.norm = _norm(g.channels[-1], form)
-            self.head = nn.Linear(g.channels[-1], g.classes)
+        self.norm = None if g.classes is None else _norm(g.channels[-1], form)
+        self.head = None if g.classes is None else nn.Linear(g.channels[-1], g.classes)
 
     @classmethod
     def build(cls, geometry: RepLKGeometry, form: Form) -> Self:
@@ -242,7 +241,7 @@ class RepLKNet(Network):
     @classmethod
     def parse(cls, text: str) -> RepLKGeometry:
         """Read a geometry back from the text that `describe` gave."""
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
         return RepLKGeometry(**fields)
 
     def describe(self) -> str:
@@ -255,15 +254,15 @@ class RepLKNet(Network):
         for index, stage in enumerate(self.stages):
             x = stage(x)
             if index in self.geometry.out_indices:
-                outs.append(stage.norm(x))
+                outs.append(cast("Stage", stage).norm(x))
             if index < len(self.transitions):
                 x = self.transitions[index](x)
-        return (self.head_of(x),) if self.head is not None else tuple(outs)
+        return tuple(outs) if self.head is None else (self.head_of(x),)
 
     def head_of(self, features: Tensor) -> Tensor:
         """Map the last stage's output to the logits, or to the last feature map."""
         if self.head is None or self.norm is None:
-            out: Tensor = self.stages[-1].norm(features)
+            out: Tensor = cast("Stage", self.stages[-1]).norm(features)
             return out
         logits: Tensor = self.head(functional.adaptive_avg_pool2d(self.norm(features), 1).flatten(1))
         return logits
@@ -280,7 +279,7 @@ class RepLKNet(Network):
         """Name each BatchNorm outside a LargeKernel: own norms first, then those before a 1x1 map."""
         inside = tuple(f"{name}." for name, m in self.named_modules() if isinstance(m, LargeKernel))
         for name, module in self.named_modules():
-            if isinstance(module, ConvBN) and not name.startswith(inside or ("\0",)):
+            if isinstance(module, ConvBN) and not name.startswith(inside):
                 yield Fold(f"{name}.bn", f"{name}.conv", "after")
         for name, module in self.named_modules():
             if isinstance(module, RepLKBlock):
@@ -302,13 +301,15 @@ class RepLKNet(Network):
         stages = 1 + max((int(m[1]) for k in shapes if (m := re.match(r"stages\.(\d+)\.", k))), default=-1)
         if not stages:
             raise ValueError("it has no tensor named stages.*")
-        origin, merged, norms = (any(word in k for k in shapes) for word in ("lkb_origin", "lkb_reparam", "running_mean"))
+        origin, merged, norms = (
+            any(word in k for k in shapes) for word in ("lkb_origin", "lkb_reparam", "running_mean")
+        )
         if origin and merged:
             raise ValueError("it mixes the training form (lkb_origin) with the merged form (lkb_reparam)")
         form: Form = "training" if origin else "merged" if norms else "folded"
         per_stage = [_stage_shape(shapes, s) for s in range(stages)]
         head = any(k.startswith("head.") for k in shapes)
-        classes = _majority([shapes[k][0] for k in ("head.weight", "head.bias") if k in shapes and shapes[k]])
+        classes = _majority([shapes[k][0] for k in ("head.weight", "head.bias") if shapes.get(k)])
         normed = tuple(s for s in range(stages) if any(k.startswith(f"stages.{s}.norm.") for k in shapes))
         small = _majority(_sizes(shapes, r"stages\.\d+\.blocks\.\d+\.large_kernel\.small_conv\.conv\.weight", -1))
         geometry = RepLKGeometry(
@@ -334,7 +335,11 @@ def _stage_shape(shapes: Shapes, stage: int) -> dict[str, int]:
             *_sizes(shapes, rf"{block}\.pw1{pw}", 1),
             *_sizes(shapes, rf"{block}\.pw2{pw}", 0),
         ],
-        "dw": [*_sizes(shapes, rf"{even}\.pw1{pw}", 0), *_sizes(shapes, large, 0), *_sizes(shapes, rf"{even}\.pw2{pw}", 1)],
+        "dw": [
+            *_sizes(shapes, rf"{even}\.pw1{pw}", 0),
+            *_sizes(shapes, large, 0),
+            *_sizes(shapes, rf"{even}\.pw2{pw}", 1),
+        ],
         "ffn": [*_sizes(shapes, rf"{odd}\.pw1{pw}", 0), *_sizes(shapes, rf"{odd}\.pw2{pw}", 1)],
         "kernel": _sizes(shapes, large, -1),
     }
@@ -347,31 +352,9 @@ def _stage_shape(shapes: Shapes, stage: int) -> dict[str, int]:
 
 
 def _sizes(shapes: Shapes, pattern: str, axis: int) -> list[int]:
-    return [shape[axis] for key, shape in shapes.items() if len(shape) == 4 and re.fullmatch(pattern, key)]
+    return [shape[axis] for key, shape in shapes.items() if len(shape) == CONV_DIMS and re.fullmatch(pattern, key)]
 
 
 def _majority(sizes: Iterable[int]) -> int | None:
     counted = Counter(sizes).most_common(1)
     return counted[0][0] if counted else None
-
-
-def foreign(shapes: Shapes) -> str | None:
-    """Name another network family that these tensors belong to, as far as their names tell."""
-    for family, pattern in FOREIGN.items():
-        if any(re.search(pattern, key) for key in shapes):
-            return family
-    return None
-
-
-FOREIGN: dict[str, str] = {
-    "UniRepLKNet": r"dwconv\.(lk_origin|dil_conv)|downsample_layers\.\d.*|pwconv2\.2\.",
-    "OverLoCK": r"(lepe\.0|proj\.1)\.lk_origin",
-    "SLaK": r"LoRA1\.conv\.weight",
-    "ShiftWiseConv": r"LoRAs\.\d+\.weight",
-    "RepVGG": r"rbr_(dense|reparam|1x1)",
-    "a re-parameterised timm network": r"conv_kxk|reparam_conv",
-    "Swin": r"relative_position_bias_table",
-    "a vision transformer": r"\.attn\.qkv\.weight",
-    "ConvNeXt": r"pwconv1\.weight",
-    "ResNet": r"layer\d\.\d+\.conv1\.weight",
-}
