@@ -16,8 +16,8 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what is written there takes the name when the block ends well.
+def staged(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; it is gone when the block ends, unless `commit` took it.
 
     Raises:
         ReplkError: the folder cannot be created or written.
@@ -27,17 +27,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
     except OSError as exc:
-        raise ReplkError(f"{path.parent} cannot be written: {exc.strerror}", "name another place with -o") from exc
+        raise ReplkError(
+            f"{path.parent} cannot be written: {exc.strerror}", "name another place with -o, or run in another folder"
+        ) from exc
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
+def commit(part: Path, path: Path) -> None:
+    """Give a staged file its name, whole and on the disk.
+
+    Raises:
+        ReplkError: the name is taken by a folder, or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as exc:
+        raise ReplkError(f"{path} cannot be written: {exc.strerror}", "name another place with -o") from exc
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file, or leave the old one as it was."""
-    with atomic_path(path) as part:
+    with staged(path) as part:
         part.write_text(text, encoding="utf-8")
+        commit(part, path)

@@ -1,0 +1,87 @@
+"""The registry of runtimes; importing it loads none of them."""
+
+import difflib
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
+
+from replk_deploy.backends.base import Backend
+from replk_deploy.errors import ReplkError, UnavailableError
+from replk_deploy.machine import version
+
+Takes = Literal["weights", "onnx"]
+
+
+class Planned(NamedTuple):
+    """A runtime without an adapter yet: what it would need, and which file it would start from.
+
+    Attributes:
+        module: must be importable; None where another distribution brings the same module.
+        distribution: what brings it.
+        extra: of replk-deploy; None where the base install is enough.
+    """
+
+    module: str | None
+    distribution: str
+    extra: str | None
+    takes: Takes
+
+
+# "module:class", because importing the classes imports their runtimes
+BACKENDS: dict[str, str] = {
+    "torch": "replk_deploy.backends.torch:Torch",
+    "torch-compile": "replk_deploy.backends.torch_compile:TorchCompile",
+    "ort-cpu": "replk_deploy.backends.ort:OrtCpu",
+}
+PLANNED: dict[str, Planned] = {
+    "ort-cuda": Planned(None, "onnxruntime-gpu", "gpu", "onnx"),
+    "ort-trt": Planned(None, "onnxruntime-gpu", "gpu,trt", "onnx"),
+    "trt": Planned("tensorrt", "tensorrt", "trt", "onnx"),
+    "trt-rtx": Planned("tensorrt_rtx", "tensorrt-rtx", "trt-rtx", "onnx"),
+    "openvino": Planned("openvino", "openvino", "openvino", "onnx"),
+    "aoti": Planned("torch", "torch", None, "weights"),
+    "native": Planned(None, "cuda-core", "native", "weights"),
+}
+
+
+def find(name: str) -> type[Backend]:
+    """Return the class of a backend.
+
+    Raises:
+        UnavailableError: no adapter in this version, or its runtime is not installed.
+        ReplkError: no backend has that name.
+    """
+    if name in BACKENDS:
+        module, _, attribute = BACKENDS[name].partition(":")
+        found: type[Backend] = getattr(import_module(module), attribute)
+        return found
+    if name in PLANNED:
+        raise _unavailable(name, PLANNED[name])
+    raise _unknown(name)
+
+
+def takes(name: str) -> Takes:
+    """Tell which file of a run a backend starts from, planned ones included.
+
+    Raises:
+        ReplkError: no backend has that name.
+    """
+    return PLANNED[name].takes if name in PLANNED else find(name).takes
+
+
+def _unavailable(name: str, planned: Planned) -> UnavailableError:
+    found = version(planned.distribution) if planned.module is None else find_spec(planned.module)
+    package = f"{planned.distribution} is {'not ' if found is None else ''}installed"
+    extra = f"[{planned.extra}]" if planned.extra else ""
+    return UnavailableError(
+        f"this version has no adapter for {name} yet, {'and' if found is None else 'though'} {package}",
+        f"pip install --upgrade 'replk-deploy{extra}' when a version brings it; today: {', '.join(BACKENDS)}",
+    )
+
+
+def _unknown(name: str) -> ReplkError:
+    names = (*BACKENDS, *PLANNED)
+    known = {planned.distribution: key for key, planned in reversed(PLANNED.items())} | {key: key for key in names}
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {known[near[0]]}? " if near else ""
+    return ReplkError(f"there is no backend {name!r}", f"{hint}choose from {', '.join(names)}")

@@ -1,0 +1,116 @@
+"""ONNX files: their hash, their metadata, and the float32 twin that proves a bfloat16 one."""
+
+import hashlib
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from replk_deploy.errors import ReplkError
+from replk_deploy.metadata import PREFIX, Metadata
+
+VERDICT = f"{PREFIX}verdict"
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Raises:
+        ReplkError: not there, cut short, or no ONNX model with a graph.
+    """
+    try:
+        model = onnx.load(path)
+    except Exception as exc:  # protobuf and onnx raise many kinds
+        raise ReplkError(
+            f"{path} is not a whole ONNX file: {_first_line(exc)}", "export it again: replk export --onnx"
+        ) from exc
+    if not model.graph.node:
+        raise ReplkError(f"{path} holds no ONNX graph", "export it again: replk export --onnx")
+    return model
+
+
+def header(path: Path) -> Metadata | None:
+    """Read the metadata of an ONNX file; None when it is not one of ours."""
+    try:
+        return Metadata.from_strings({p.key: p.value for p in load(path).metadata_props})
+    except ValueError as exc:
+        raise ReplkError(f"{path}: {exc}", "export it again: replk export --onnx") from exc
+
+
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of graph, weights and metadata, the verdict left out."""
+    model = load(path)
+    kept = [p for p in model.metadata_props if p.key != VERDICT]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
+def seal(path: Path, metadata: Metadata) -> None:
+    """Write metadata, verdict included, into an ONNX file in place of what it said before."""
+    model = load(path)
+    kept = [p for p in model.metadata_props if not p.key.startswith(PREFIX)]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    for key, value in metadata.to_strings().items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, path)
+
+
+def bfloat16_twin(path: Path, out: Path) -> None:
+    """Write the float32 graph that computes what a bfloat16 graph computes, for runtimes without bfloat16.
+
+    Weights keep their rounded values, and every result that was bfloat16 is rounded to bfloat16 and
+    back. Sums inside one operator stay float32, as on hardware that accumulates in float32.
+    """
+    model = ir.load(path)
+    graph = model.graph
+    for value in (*graph.initializers.values(), *graph.inputs):
+        _widen(value)
+    for node in list(graph):
+        for value in node.outputs:
+            if value.dtype == ir.DataType.BFLOAT16 and node.op_type != "Cast":
+                value.dtype = ir.DataType.FLOAT
+                _round(graph, node, value)
+        to = node.attributes.get("to")
+        if node.op_type == "Cast" and to is not None and to.as_int() == ir.DataType.BFLOAT16:
+            (value,) = node.outputs
+            _append_widening(graph, node, value)
+    ir.save(model, out)
+
+
+def _widen(value: ir.Value) -> None:
+    if value.dtype != ir.DataType.BFLOAT16:
+        return
+    if value.const_value is not None:
+        value.const_value = ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
+    value.dtype = ir.DataType.FLOAT
+
+
+def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Send everything that reads `value` through a cast to bfloat16 and back."""
+    down = ir.node("Cast", [value], attributes={"to": ir.DataType.BFLOAT16.value})
+    up = ir.node("Cast", [down.outputs[0]], attributes={"to": ir.DataType.FLOAT.value})
+    _replace(graph, value, up.outputs[0], keep={down})
+    graph.insert_after(node, [down, up])
+
+
+def _append_widening(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    up = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT.value})
+    _replace(graph, value, up.outputs[0], keep={up})
+    graph.insert_after(node, [up])
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: set[ir.Node]) -> None:
+    new.shape, new.dtype = old.shape, ir.DataType.FLOAT
+    for reader, index in list(old.uses()):
+        if reader not in keep:
+            reader.replace_input_with(index, new)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            new.name, old.name = old.name, f"{old.name}.exact"
+            graph.outputs[index] = new
+
+
+def _first_line(exc: BaseException) -> str:
+    return str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__

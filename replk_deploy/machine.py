@@ -1,0 +1,117 @@
+"""What a latency depends on besides the network: the machine and its settings.
+
+Nothing here names a host, a user or a path, so a record may be shown to anybody.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from replk_deploy import __version__
+
+Fact = str | int | float | bool | None
+PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
+VARIABLES = ("OMP_NUM_THREADS", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "MKL_", "OPENBLAS_", "KMP_")
+CONTAINERS = ("kubepods", "docker", "lxc", "podman")
+MIB = 2**20
+
+
+def environment() -> dict[str, Fact]:
+    """Describe machine, settings and versions; None where something cannot be known."""
+    facts: dict[str, Fact] = {
+        "cpu": _cpu(),
+        "cores_physical": psutil.cpu_count(logical=False),
+        "threads_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_quota": _quota(),
+        "governor": _line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        "memory_mib": psutil.virtual_memory().total // MIB,
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "container": _container(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "replk": __version__,
+        "git": _git(),
+        "torch_threads": None,
+    }
+    facts |= {package: version(package) for package in PACKAGES}
+    if "torch" in sys.modules:  # importing it here would take seconds and change what is being measured
+        facts["torch_threads"] = sys.modules["torch"].get_num_threads()
+    return facts | dict(_variables())
+
+
+def version(distribution: str) -> str | None:
+    """Return the installed version of a distribution without importing it; None when it is not there."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str | None:
+    lines = (_text(Path("/proc/cpuinfo")) or "").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or None)
+
+
+def _quota() -> float | None:
+    """Give the share of processors that the control group may use, 1.0 a processor; None when unlimited."""
+    quota, _, period = (_line(Path("/sys/fs/cgroup/cpu.max")) or "max").partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _container() -> str | None:
+    if Path("/.dockerenv").exists():
+        return "docker"
+    if Path("/run/.containerenv").exists():
+        return "podman"
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return "kubernetes"
+    groups = _text(Path("/proc/1/cgroup")) or ""
+    return next((name for name in CONTAINERS if name in groups), None)
+
+
+def _git() -> str | None:
+    """Return the commit of our own checkout, with -dirty when files differ; None outside one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)  # noqa: S603  # all words ours
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _variables() -> Iterator[tuple[str, Fact]]:
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(VARIABLES):
+            yield f"env.{name}", "(a path)" if "/" in value or "\\" in value else value
+
+
+def _line(path: Path) -> str | None:
+    text = _text(path)
+    return text.strip() if text else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None

@@ -1,0 +1,687 @@
+"""One function per command; the only place where the steps meet.
+
+    checkpoint ──fuse──▶ fused.safetensors ──export──▶ model.<precision>.onnx ──bench──▶ latencies
+         └───────────────── proof: every file against the float64 network ─────────────┘
+
+A file gets its final name only after its proof. One that fails is kept apart, under `rejected`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from replk_deploy import backends as runtimes
+from replk_deploy import (
+    bench as benching,
+)
+from replk_deploy import (
+    checkpoint as checkpoints,
+)
+from replk_deploy import (
+    evaluate as evaluation,
+)
+from replk_deploy import (
+    export as exporting,
+)
+from replk_deploy import (
+    files,
+    graph,
+    images,
+    records,
+    weights,
+)
+from replk_deploy import (
+    fuse as fusing,
+)
+from replk_deploy import (
+    inspect as inspection,
+)
+from replk_deploy import (
+    proof as proving,
+)
+from replk_deploy import (
+    report as reporting,
+)
+from replk_deploy import (
+    verify as verifying,
+)
+from replk_deploy.backends.base import Array, Backend
+from replk_deploy.bench import Bench
+from replk_deploy.checkpoint import Loaded
+from replk_deploy.container import Source
+from replk_deploy.errors import IntegrityError, MismatchError, ReplkError, UnavailableError
+from replk_deploy.export import Batch, Export
+from replk_deploy.fuse import Fusion, Level
+from replk_deploy.inspect import Inspection
+from replk_deploy.metadata import Metadata, State, Verdict
+from replk_deploy.models.base import Network
+from replk_deploy.precision import Precision
+from replk_deploy.progress import Progress, silent
+from replk_deploy.proof import Oracle, Proof
+from replk_deploy.records import live
+from replk_deploy.verify import Agreement
+from replk_deploy.workspace import ROOT, Workspace
+
+Size = tuple[int, int]
+FUSED = "fused.safetensors"
+DYNAMIC = Batch(min=1, opt=8, max=64)
+ROTATE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """A fused weights file and what vouches for it."""
+
+    KIND: ClassVar[str] = "fused"
+    FORMAT: ClassVar[int] = 1
+
+    fusion: Fusion
+    proof: Proof | None
+    verdict: Verdict
+    file: Path
+    oracle: Oracle = live()
+    metadata: Metadata = live()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """An exported file and what vouches for it; `export` is None for cast weights."""
+
+    KIND: ClassVar[str] = "exported"
+    FORMAT: ClassVar[int] = 1
+
+    export: Export | None
+    proof: Proof | None
+    verdict: Verdict
+    file: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benched:
+    """Latencies, and how far each timed backend was from the float64 network just before."""
+
+    KIND: ClassVar[str] = "benched"
+    FORMAT: ClassVar[int] = 1
+
+    bench: Bench
+    agreements: Mapping[str, Agreement]
+    artefacts: Mapping[str, str]
+    skipped: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A whole run: each step with its verdict, as it stands in the report."""
+
+    KIND: ClassVar[str] = "deployment"
+    FORMAT: ClassVar[int] = 1
+    DERIVED: ClassVar[tuple[str, ...]] = ("state",)
+
+    run: str
+    folder: Path
+    inspection: Inspection
+    fuse: Mapping[str, Any]
+    exports: tuple[Mapping[str, Any], ...]
+    bench: Mapping[str, Any] | None
+    accuracy: tuple[Mapping[str, Any], ...]
+    reused: tuple[str, ...]
+    timed: Benched | None = live()
+
+    @property
+    def state(self) -> State:
+        """Return the worst verdict of the chain."""
+        states = [step["verdict"]["state"] for step in (self.fuse, *self.exports)]
+        order: tuple[State, ...] = ("rejected", "unverified", "provisional", "pass")
+        return next(s for s in order if s in states)
+
+
+def inspect(path: Path, *, source: Source = "model", head: str | None = None, size: Size | None = None) -> Inspection:
+    """Say what a checkpoint is and what it costs."""
+    return inspection.inspect(checkpoints.load(path, source=source, head=head), size=size)
+
+
+def fuse(
+    path: Path,
+    *,
+    output: Path | None = None,
+    level: Level = "full",
+    source: Source = "model",
+    head: str | None = None,
+    size: Size | None = None,
+    prove: bool = True,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> Fused:
+    """Fuse a checkpoint into a proved weights file, in a run or at `output`."""
+    return _fuse(
+        checkpoints.load(path, source=source, head=head),
+        output=output,
+        level=level,
+        size=size,
+        prove=prove,
+        root=root,
+        progress=progress,
+    )
+
+
+def _fuse(
+    loaded: Loaded,
+    *,
+    output: Path | None = None,
+    level: Level = "full",
+    size: Size | None = None,
+    prove: bool = True,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> Fused:
+    result = fusing.fuse(loaded.model, level=level, progress=progress)
+    run = None if output else Workspace(root / _run_name(loaded))
+    name = FUSED if level == "full" else "merged.safetensors"
+    final = output or (run.path(name) if run else Path(name))
+    if final.suffix not in {".safetensors", ".pth"}:
+        raise ReplkError(f"{final} has no known ending", "end it in .safetensors, or .pth for the reference code")
+    oracle = Oracle(loaded.model, loaded.sha256)
+    metadata = _metadata(loaded, result.model)
+    known = metadata.verdict if loaded.metadata and not result.changed else None
+    with files.staged(final) as part:
+        dtype = next(loaded.model.parameters()).dtype if known else torch.float32
+        _store(part, final.suffix, proving.cast(result.model, dtype), metadata)
+        stored, content = _restore(part, final.suffix, result.model)
+        proof = None
+        if prove and known is None:
+            size = size or loaded.preprocessing.size
+            proof = proving.prove_fusion(oracle, stored, level=level, size=size, progress=progress)
+        verdict = known or _verdict(proof, content, loaded.sha256)
+        metadata = _sealed(metadata, verdict)
+        if final.suffix == ".safetensors":
+            weights.write(part, stored, metadata)
+        file = _place(part, final, verdict, run)
+    fused = Fused(fusion=result, proof=proof, verdict=verdict, file=file, oracle=oracle, metadata=metadata)
+    if run:
+        options = {"level": level, "size": size or loaded.preprocessing.size, "proved": prove}
+        _enter(run, name, fused, made_from={loaded.file: loaded.sha256}, by="fuse", options=options)
+    return fused
+
+
+def export(
+    artefact: Path | None = None,
+    *,
+    onnx: bool = True,
+    output: Path | None = None,
+    precision: Precision = "fp32",
+    size: Size | None = None,
+    batch: Batch = DYNAMIC,
+    embed: bool = False,
+    prove: bool = True,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> Exported:
+    """Export fused weights, or a checkpoint after fusing it, as ONNX or as cast weights."""
+    fused, run = _fused_source(artefact, output, prove=prove, root=root, progress=progress)
+    return _export(
+        fused,
+        run,
+        onnx=onnx,
+        output=output,
+        precision=precision,
+        size=size,
+        batch=batch,
+        embed=embed,
+        prove=prove,
+        progress=progress,
+    )
+
+
+def _export(
+    fused: Fused,
+    run: Workspace | None,
+    *,
+    onnx: bool = True,
+    output: Path | None = None,
+    precision: Precision = "fp32",
+    size: Size | None = None,
+    batch: Batch = DYNAMIC,
+    embed: bool = False,
+    prove: bool = True,
+    progress: Progress = silent,
+) -> Exported:
+    if fused.verdict.state == "rejected":
+        raise MismatchError(f"the fusion was rejected: {fused.verdict.why}", f"see {fused.file}")
+    folded = fused.fusion.model
+    size = size or fused.metadata.preprocessing.size
+    name = f"model.{precision}.{'onnx' if onnx else 'safetensors'}"
+    final = output or (run.path(name) if run else Path(name))
+    if final.suffix != Path(name).suffix:
+        raise ReplkError(f"{final} has no known ending", f"end it in {Path(name).suffix}")
+    metadata = dataclasses.replace(fused.metadata, form=folded.form, precision=precision, verdict=None)
+    if size != metadata.preprocessing.size:
+        preprocessing = dataclasses.replace(metadata.preprocessing, size=size, said_by="default")
+        metadata = dataclasses.replace(metadata, preprocessing=preprocessing)
+    made, proof = None, None
+    with files.staged(final) as part:
+        progress(f"export {precision}", 0, None)
+        if onnx:
+            inside = metadata.preprocessing if embed else None
+            made = exporting.export(folded, part, precision=precision, size=size, batch=batch, embed=inside)
+            graph.seal(part, metadata)
+            content = graph.content_hash(part)
+            if prove:
+                proof = proving.prove_onnx(fused.oracle, folded, part, made, metadata=metadata, progress=progress)
+        else:
+            weights.write(part, proving.cast(folded, precision), metadata)
+            stored, _ = weights.read(part)
+            content = weights.content_hash(stored)
+            if prove:
+                proof = proving.prove_weights(fused.oracle, stored, precision, size=size)
+        verdict = _verdict(proof, content, fused.metadata.source_sha256)
+        metadata = _sealed(metadata, verdict)
+        if onnx:
+            graph.seal(part, metadata)
+        else:
+            weights.write(part, stored, metadata)
+        file = _place(part, final, verdict, run)
+    exported = Exported(export=made, proof=proof, verdict=verdict, file=file)
+    if run and not output:
+        options = {"precision": precision, "size": size, "batch": str(batch), "embed": embed, "proved": prove}
+        _enter(run, name, exported, made_from={FUSED: files.sha256(fused.file)}, by="export", options=options)
+    return exported
+
+
+def verify(
+    reference: Path, candidate: Path, *, source: Source = "model", size: Size | None = None, progress: Progress = silent
+) -> Proof:
+    """Judge one file by another: checkpoints, fused weights and ONNX files in any pair."""
+    if reference.suffix == ".onnx" and candidate.suffix != ".onnx":
+        reference, candidate = candidate, reference  # the question is symmetric, and only weights have a float64 answer
+    if reference.suffix == ".onnx":
+        return proving.prove_graphs(reference, candidate, progress=progress)
+    loaded = checkpoints.load(reference, source=source)
+    doubt = _doubt(loaded)
+    if candidate.suffix == ".onnx":
+        return proving.prove_file(Oracle(loaded.model, loaded.sha256), candidate, doubt=doubt, progress=progress)
+    other = checkpoints.load(candidate, source=source)
+    size = size or loaded.preprocessing.size
+    return proving.prove_pair(Oracle(loaded.model, loaded.sha256), other, size=size, doubt=doubt, progress=progress)
+
+
+def bench(
+    artefact: Path | None = None,
+    *,
+    backends: Sequence[str],
+    batches: Sequence[int] = (1,),
+    max_seconds: float = 60.0,
+    percentiles: tuple[int, ...] = (50, 90),
+    allow_unverified: bool = False,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> Benched:
+    """Time an artefact on runtimes, each verified just before; a run's missing files are built first."""
+    for name in backends:
+        runtimes.find(name).probe()
+    run, single = _run_or_file(artefact, root)
+    opened: list[Backend] = []
+    contestants, agreements, artefacts = [], {}, {}
+    try:
+        for name in backends:
+            kind = runtimes.find(name)
+            path = single or _needed(run, kind, progress)
+            _check_kind(path, kind)
+            metadata = _vouched(path, allow_unverified=allow_unverified)
+            start = time.perf_counter()
+            backend = kind(path)
+            load_s = time.perf_counter() - start
+            opened.append(backend)
+            artefacts[name] = path.name
+            oracle = _oracle_of(path, run)
+            if oracle is not None and metadata is not None:
+                progress(f"verify {name}", 0, None)
+                agreements[name] = proving.judge_backend(name, oracle, backend, metadata)
+                if not agreements[name].passed:
+                    raise MismatchError(f"{name} answers wrongly: {agreements[name].sentence}", "do not deploy it")
+            for count in batches:
+                rounds = [_random_batch(backend, metadata, count, seed) for seed in range(ROTATE)]
+                contestants.append(benching.enter(backend, rounds, load_s=load_s))
+        result = benching.measure(contestants, max_seconds=max_seconds, percentiles=percentiles, progress=progress)
+    finally:
+        for backend in opened:
+            backend.close()
+    benched = Benched(bench=result, agreements=agreements, artefacts=artefacts, skipped={})
+    if run:
+        files.write_text(run.path("results/bench.json"), records.to_json(benched.bench))
+    return benched
+
+
+def deploy(
+    path: Path,
+    *,
+    source: Source = "model",
+    head: str | None = None,
+    precisions: Sequence[Precision] = ("fp32",),
+    size: Size | None = None,
+    batch: Batch = DYNAMIC,
+    embed: bool = False,
+    backends: Sequence[str] = (),
+    batches: Sequence[int] = (1,),
+    max_seconds: float = 20.0,
+    data: Path | None = None,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> Deployment:
+    """Take a checkpoint through the whole chain; what a run already holds and vouches for is taken from it.
+
+    Stops at the first step that is not equivalent; the report says which.
+    """
+    loaded = checkpoints.load(path, source=source, head=head)
+    seen = inspection.inspect(loaded, size=size)
+    run = Workspace(root / _run_name(loaded))
+    pictures = images.read(data, classes=loaded.model.geometry.classes) if data else None
+    chosen, skipped = _present(backends)
+    reused: list[str] = []
+    fused = _resume_fuse(loaded, run, seen.size, root, reused, progress)
+    exports: list[Mapping[str, Any]] = []
+    for precision in precisions if fused.verdict.state == "pass" else ():
+        options = {"precision": precision, "size": seen.size, "batch": str(batch), "embed": embed, "proved": True}
+        name = f"model.{precision}.onnx"
+        if run.fresh(name, {FUSED: files.sha256(fused.file)}, options):
+            reused.append(name)
+            exports.append(_result(run, name))
+        else:
+            made = _export(fused, run, precision=precision, size=seen.size, batch=batch, embed=embed, progress=progress)
+            exports.append(records.plain(made))
+    run.make_latest()
+    sound = fused.verdict.state == "pass" and all(e["verdict"]["state"] != "rejected" for e in exports)
+    accuracy: list[Mapping[str, Any]] = []
+    timed: Benched | None = None
+    if sound and pictures:
+        accuracy = [records.plain(a) for a in _accuracies(loaded, fused, run, exports, pictures, progress)]
+    if sound and chosen:
+        timed = bench(
+            run.folder, backends=chosen, batches=batches, max_seconds=max_seconds, root=root, progress=progress
+        )
+        timed = dataclasses.replace(timed, skipped=skipped)
+    done = Deployment(
+        run=run.name,
+        folder=run.folder,
+        inspection=seen,
+        fuse=_result(run, FUSED),
+        exports=tuple(exports),
+        bench=records.plain(timed) if timed else None,
+        accuracy=tuple(accuracy),
+        reused=tuple(reused),
+        timed=timed,
+    )
+    files.write_text(run.path("report.json"), records.to_json(done))
+    files.write_text(run.path("report.md"), reporting.markdown(records.plain(done)))
+    return done
+
+
+def _run_name(loaded: Loaded) -> str:
+    words = "".join(c if c.isalnum() else "-" for c in loaded.label.lower())
+    origin = loaded.metadata.source_sha256 if loaded.metadata else loaded.sha256
+    return f"{'-'.join(filter(None, words.split('-')))}-{origin[:8]}"
+
+
+def _metadata(loaded: Loaded, model: Network) -> Metadata:
+    known = loaded.metadata
+    return Metadata(
+        family=loaded.family,
+        form=model.form,
+        geometry=model.describe(),
+        label=loaded.label,
+        precision=known.precision if known else "fp32",
+        preprocessing=loaded.preprocessing,
+        source_sha256=known.source_sha256 if known else loaded.sha256,
+        source_name=known.source_name if known else loaded.file,
+        verdict=known.verdict if known else None,
+    )
+
+
+def _store(part: Path, suffix: str, model: Network, metadata: Metadata) -> None:
+    if suffix == ".pth":
+        torch.save(model.state_dict(), part)
+    else:
+        weights.write(part, model, metadata)
+
+
+def _restore(part: Path, suffix: str, like: Network) -> tuple[Network, str]:
+    """Read back what was just written: what is proved is what lies on the disk."""
+    if suffix == ".pth":
+        stored = type(like).empty(like.geometry, like.form)
+        stored.load_state_dict(torch.load(part, weights_only=True), assign=True)
+    else:
+        stored, _ = weights.read(part)
+    return stored.eval(), weights.content_hash(stored)
+
+
+def _verdict(proof: Proof | None, content: str, reference: str) -> Verdict:
+    if proof is None:
+        return Verdict(state="unverified", content=content, reference=reference, worst=None, why="not verified")
+    return Verdict(
+        state=proof.state, content=content, reference=reference, worst=_finite(proof.worst), why=proof.sentence
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _place(part: Path, final: Path, verdict: Verdict, run: Workspace | None) -> Path:
+    """Give a proved file its name, and a rejected one another."""
+    if verdict.state == "rejected":
+        apart = final.with_name(f"{final.stem}.rejected{final.suffix}")
+        final = run.path(f"rejected/{final.name}") if run and final.parent == run.folder else apart
+    files.commit(part, final)
+    return final
+
+
+def _enter(
+    run: Workspace,
+    name: str,
+    made: Fused | Exported,
+    *,
+    made_from: Mapping[str, str],
+    by: str,
+    options: Mapping[str, Any],
+) -> None:
+    """Write a step's record, then the manifest, then make the run the latest."""
+    rejected = made.verdict.state == "rejected"
+    files.write_text(run.path(f"{'rejected' if rejected else 'results'}/{name}.json"), records.to_json(made))
+    if rejected:
+        run.forget(name)
+    else:
+        run.record(name, made_from=made_from, by=by, options=options, verdict=made.verdict)
+    run.make_latest()
+
+
+def _result(run: Workspace, name: str) -> Mapping[str, Any]:
+    """Read back what a step of this run said."""
+    for place, kind in (("results", "fused" if name == FUSED else "exported"), ("rejected", "fused")):
+        path = run.path(f"{place}/{name}.json")
+        if path.is_file():
+            return records.read(path, kind, 1)
+    raise IntegrityError(f"{run.path('results')}/{name}.json is missing", f"make the run again: rm -r {run.folder}")
+
+
+def _resume_fuse(
+    loaded: Loaded, run: Workspace, size: Size, root: Path, reused: list[str], progress: Progress
+) -> Fused:
+    options = {"level": "full", "size": size, "proved": True}
+    if not run.fresh(FUSED, {loaded.file: loaded.sha256}, options):
+        return _fuse(loaded, size=size, root=root, progress=progress)
+    reused.append(FUSED)
+    fused, _ = _open_fused(run.take(FUSED), prove=True)
+    return dataclasses.replace(fused, oracle=Oracle(loaded.model, loaded.sha256))
+
+
+def _open_fused(path: Path, *, prove: bool) -> tuple[Fused, Metadata]:
+    """Open a fused file of ours; its float64 form is the oracle where its header vouches for it."""
+    model, metadata = weights.read(path)
+    if metadata.precision != "fp32":
+        raise ReplkError(f"{path} holds {metadata.precision} weights", "export from the fp32 weights that fuse wrote")
+    verdict = metadata.verdict
+    if verdict and verdict.content != weights.content_hash(model):
+        raise IntegrityError(f"the weights of {path} are not those its verdict speaks of", "fuse the checkpoint again")
+    if prove and (verdict is None or verdict.state != "pass"):
+        raise IntegrityError(
+            f"{path} has no passing verdict, so nothing can be proved by it",
+            "fuse the checkpoint again without --no-verify",
+        )
+    verdict = verdict or Verdict(state="unverified", content="", reference="", worst=None, why="not verified")
+    fusion = Fusion(model=model, level="full", merged=(), folded=(), left=fusing.batch_norms(model))
+    oracle = Oracle(model, metadata.source_sha256)
+    return Fused(fusion=fusion, proof=None, verdict=verdict, file=path, oracle=oracle, metadata=metadata), metadata
+
+
+def _fused_source(
+    artefact: Path | None, output: Path | None, *, prove: bool, root: Path, progress: Progress
+) -> tuple[Fused, Workspace | None]:
+    """Find the fused weights to export: the latest run's, a run's, a file's, or a checkpoint's after fusing it."""
+    if artefact is None or artefact.is_dir():
+        run = Workspace.latest(root) if artefact is None else Workspace.open(artefact)
+        return _open_fused(run.take(FUSED), prove=prove)[0], run
+    loaded = checkpoints.load(artefact)
+    run = Workspace(root / _run_name(loaded))
+    if loaded.metadata and loaded.form == "folded":
+        return _open_fused(artefact, prove=prove)[0], run if artefact.parent == run.folder else None
+    if output is None:
+        return _fuse(loaded, prove=prove, root=root, progress=progress), run
+    beside = output.with_name(f"{output.stem}.fused.safetensors")
+    return _fuse(loaded, output=beside, prove=prove, root=root, progress=progress), None
+
+
+def _run_or_file(artefact: Path | None, root: Path) -> tuple[Workspace | None, Path | None]:
+    if artefact is None:
+        return Workspace.latest(root), None
+    if artefact.is_dir():
+        return Workspace.open(artefact), None
+    if not artefact.is_file():
+        raise ReplkError(f"{artefact} does not exist", "name a run folder, a .onnx or a fused .safetensors file")
+    return None, artefact
+
+
+def _needed(run: Workspace | None, kind: type[Backend], progress: Progress) -> Path:
+    """Return the newest artefact of a run that a backend can start from, building it when there is none."""
+    if run is None:
+        raise ReplkError("there is no run", "begin with: replk fuse CHECKPOINT")
+    suffix = ".onnx" if kind.takes == "onnx" else ".safetensors"
+    name = next((n for n in run.artefacts(suffix) if n != "merged.safetensors"), None)
+    if name is None:
+        fused, _ = _open_fused(run.take(FUSED), prove=True)
+        return _export(fused, run, progress=progress).file
+    return run.take(name)
+
+
+def _check_kind(path: Path, kind: type[Backend]) -> None:
+    wanted = ".onnx" if kind.takes == "onnx" else ".safetensors"
+    if path.suffix == wanted:
+        return
+    how = "replk export --onnx" if wanted == ".onnx" else "replk fuse CHECKPOINT"
+    file = "model.<precision>.onnx" if wanted == ".onnx" else FUSED
+    raise ReplkError(f"{kind.name} starts from {file}, not from {path.name}", f"make it with: {how}")
+
+
+def _vouched(path: Path, *, allow_unverified: bool) -> Metadata | None:
+    """Return a file's metadata if a passing verdict speaks of exactly this content."""
+    metadata = graph.header(path) if path.suffix == ".onnx" else weights.header(path)
+    if allow_unverified:
+        return metadata
+    verdict = metadata.verdict if metadata else None
+    if verdict is None or verdict.state != "pass":
+        state = f"is {verdict.state}" if verdict else "has no verdict"
+        raise IntegrityError(f"{path} {state}", "verify it, or time it all the same with --allow-unverified")
+    content = graph.content_hash(path) if path.suffix == ".onnx" else weights.content_hash(weights.read(path)[0])
+    if content != verdict.content:
+        raise IntegrityError(
+            f"{path} is not the file that its verdict speaks of", "export it again: replk export --onnx"
+        )
+    return metadata
+
+
+def _oracle_of(path: Path, run: Workspace | None) -> Oracle | None:
+    """Return the float64 network that a file stands for, where one is at hand."""
+    if run is not None and run.entry(FUSED):
+        model, metadata = weights.read(run.take(FUSED))
+    elif path.suffix == ".safetensors":
+        model, metadata = weights.read(path)
+    else:
+        return None
+    return Oracle(model, metadata.source_sha256)
+
+
+def _random_batch(backend: Backend, metadata: Metadata | None, count: int, seed: int) -> Array:
+    rng = np.random.default_rng(seed)
+    raw = backend.input.dtype == "uint8"
+    spot = slice(1, 3) if raw else slice(2, 4)
+    stated = backend.input.shape[spot]
+    default = metadata.preprocessing.size if metadata else (224, 224)
+    height, width = (s or d for s, d in zip(stated, default, strict=True))
+    if raw:
+        return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return rng.standard_normal((count, 3, height, width)).astype(np.float32)
+
+
+def _present(backends: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the backends that can run here; those asked for by name must."""
+    if backends:
+        for name in backends:
+            runtimes.find(name).probe()
+        return list(backends), {}
+    present, skipped = [], {}
+    for name in runtimes.BACKENDS:
+        try:
+            runtimes.find(name).probe()
+            present.append(name)
+        except UnavailableError as exc:
+            skipped[name] = str(exc)
+    return present, skipped
+
+
+def _accuracies(
+    loaded: Loaded,
+    fused: Fused,
+    run: Workspace,
+    exports: Sequence[Mapping[str, Any]],
+    pictures: images.Pictures,
+    progress: Progress,
+) -> list[evaluation.Accuracy]:
+    rules = fused.metadata.preprocessing
+    size = rules.size
+    trained = verifying.answer_of(proving.cast(loaded.model, torch.float32))
+    first = evaluation.evaluate(trained, pictures, rules, step="trained", progress=progress)
+    stored, _ = weights.read(run.take(FUSED))
+    answer = verifying.answer_of(stored)
+    found = [first, evaluation.evaluate(answer, pictures, rules, step="fused", first=first, progress=progress)]
+    for made in exports:
+        precision, path = made["export"]["precision"], run.take(Path(made["file"]).name)
+        made_size = tuple(made["export"]["size"])
+        with proving.open_onnx(path, precision) as backend:
+            taken = verifying.any_batch(backend.run, backend.input.shape[0])
+            found.append(
+                evaluation.evaluate(
+                    taken,
+                    pictures,
+                    rules if made_size == size else dataclasses.replace(rules, size=made_size),
+                    step=f"ONNX {precision}",
+                    first=first,
+                    uint8=made["export"]["embeds_preprocessing"],
+                    progress=progress,
+                )
+            )
+    return found
+
+
+def _doubt(loaded: Loaded) -> str:
+    verdict = loaded.metadata.verdict if loaded.metadata else None
+    if loaded.metadata and (verdict is None or verdict.state != "pass"):
+        return f"the reference {loaded.file} has no passing verdict itself"
+    return ""
+
+
+def _sealed(metadata: Metadata, verdict: Verdict) -> Metadata:
+    return dataclasses.replace(metadata, verdict=verdict)

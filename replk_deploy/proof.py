@@ -1,0 +1,457 @@
+"""How each edge of the chain is proved: which states, which images, against what.
+
+The oracle is the network as trained, in float64. Two states are judged: the checkpoint as it is, and
+a poisoned copy that goes through the same code, because a checkpoint may be too tame to show a bug.
+A failed proof names the first block at fault.
+"""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from replk_deploy import bisect as bisection
+from replk_deploy import graph, verify
+from replk_deploy.backends.base import Backend
+from replk_deploy.backends.ort import OrtCpu
+from replk_deploy.bisect import Bisection, BlockAnswer
+from replk_deploy.checkpoint import Loaded
+from replk_deploy.errors import ContractError
+from replk_deploy.export import INPUT, Batch, Export, export
+from replk_deploy.fuse import Level, batch_norms, fuse
+from replk_deploy.metadata import Metadata, State
+from replk_deploy.models.base import Network
+from replk_deploy.models.reparam import Reparam
+from replk_deploy.poison import poison, randomise
+from replk_deploy.precision import ALGEBRA, TOLERANCES, Precision
+from replk_deploy.preprocess import Preprocessing
+from replk_deploy.progress import Progress, silent
+from replk_deploy.verify import SIGNAL, Agreement, Answer, Probe, answer_of
+
+SMALL = 64
+TWIN_BATCH = 3
+NO_BF16 = "no bfloat16 kernels in ONNX Runtime on a CPU: proved by the float32 twin of the same graph, rounded as it is"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What one edge of the chain was put through, and what came of it.
+
+    Attributes:
+        agreements: one per state and precision.
+        modules: relative error of each re-parameterised block alone, worst over map sizes.
+        structure: what is wrong with the shape of the artefact; empty when nothing is.
+        bisection: errors block by block, only after a failure.
+        doubt: why the verdict is provisional, empty when it is not.
+    """
+
+    KIND: ClassVar[str] = "proof"
+    FORMAT: ClassVar[int] = 1
+    DERIVED: ClassVar[tuple[str, ...]] = ("state", "worst", "sentence")
+
+    edge: str
+    agreements: tuple[Agreement, ...]
+    modules: Mapping[str, float]
+    structure: tuple[str, ...]
+    bisection: Bisection | None
+    doubt: str = ""
+
+    @property
+    def state(self) -> State:
+        """Return the verdict's word: the worst of all that was judged."""
+        modules = all(error <= ALGEBRA for error in self.modules.values())
+        if self.structure or not modules or not self.agreements or any(not a.passed for a in self.agreements):
+            return "rejected"
+        return "provisional" if self.doubt else "pass"
+
+    @property
+    def worst(self) -> float:
+        """Return the largest share of any allowance that was used."""
+        shares = [a.worst for a in self.agreements] + [e / ALGEBRA for e in self.modules.values()]
+        return max((math.inf if math.isnan(s) else s for s in shares), default=math.inf)
+
+    @property
+    def sentence(self) -> str:
+        """Say why, in words."""
+        if self.structure:
+            return "; ".join(self.structure)
+        bad = [a for a in self.agreements if not a.passed]
+        wrong = [n for n, e in self.modules.items() if not e <= ALGEBRA]
+        said = [f"{a.name}: {a.sentence}" for a in bad[:1]] or [f"{n} alone is wrong" for n in wrong[:1]]
+        if not said and not self.agreements:
+            return "nothing was compared"
+        if not said:
+            return self.doubt or max(self.agreements, key=lambda a: a.worst).sentence
+        return "; ".join(said + ([self.bisection.sentence] if self.bisection else []))
+
+
+class Oracle:
+    """A network in float64 that remembers its answers."""
+
+    def __init__(self, model: Network, sha256: str) -> None:
+        """Take the network; `sha256` is that of the file it came from."""
+        self.model = model if next(model.parameters()).dtype == torch.float64 else cast(model, torch.float64)
+        self.sha256 = sha256
+        self._known: dict[bytes, Mapping[str, verify.Array]] = {}
+
+    def answers(self, probe: Probe, preprocessing: Preprocessing | None = None) -> Mapping[str, verify.Array]:
+        """Return the answers to a probe, computed once."""
+        key = repr((probe.names, probe.images.shape, preprocessing)).encode() + probe.images.tobytes()
+        if key not in self._known:
+            self._known[key] = answer_of(self.model, preprocessing=preprocessing)(probe.images)
+        return self._known[key]
+
+
+def prove_fusion(
+    oracle: Oracle, stored: Network, *, level: Level, size: tuple[int, int], progress: Progress = silent
+) -> Proof:
+    """Prove that a fused network, as read back from its file, computes what the trained one does.
+
+    Args:
+        oracle: the network before fusion.
+        stored: the fused network in float32.
+        level: how far it was fused.
+        size: height and width of two images of the checkpoint's state; the rest is judged at 64x64.
+        progress: told after each comparison.
+
+    Raises:
+        ContractError: the poisoned copy's output hardly depends on its input.
+        MismatchError: shapes differ, or the checkpoint does not survive float32.
+    """
+    trained, small = oracle.model, (SMALL, SMALL)
+    twin = poison(trained)
+    steps = iter(range(1, 8))
+    progress("prove fusion", 0, 7)
+    modules = {name: _alone(m) for name, m in twin.named_modules() if isinstance(m, Reparam)}
+    progress("prove fusion", next(steps), 7)
+    fused_twin, fused = fuse(twin, level=level).model, fuse(trained, level=level).model
+    special, natural = verify.special(small), verify.normal(size)
+    agreements = []
+
+    def judge(name: str, base: Oracle, answer: Answer, probe: Probe, eager: Network | None) -> None:
+        expected = base.answers(probe)
+        if eager is None:
+            bound = verify.fixed(expected, ALGEBRA, "float64 algebra")
+        else:
+            bound = verify.calibrate(expected, answer_of(eager), probe, "fp32", limit=base is oracle)
+        precision = "fp64" if eager is None else "fp32"
+        agreements.append(
+            verify.verify(expected, answer, probe, bound=bound, name=name, precision=precision, repeat=False)
+        )
+        progress("prove fusion", next(steps), 7)
+
+    poisoned = Oracle(twin, oracle.sha256)
+    judge("poisoned, algebra", poisoned, answer_of(fused_twin), special, None)
+    _demand_signal(agreements[-1], bool(batch_norms(trained)))
+    judge("poisoned, fp32", poisoned, answer_of(cast(fused_twin, torch.float32)), special, cast(twin, torch.float32))
+    judge("checkpoint, algebra, special images", oracle, answer_of(fused), special, None)
+    judge(f"checkpoint, algebra, {size[0]}x{size[1]}", oracle, answer_of(fused), natural, None)
+    judge("checkpoint, fp32 file", oracle, answer_of(stored), natural, cast(trained, torch.float32))
+    proof = Proof(
+        edge="fuse",
+        agreements=tuple(agreements),
+        modules=modules,
+        structure=_structure(trained, stored, level),
+        bisection=None,
+    )
+    if proof.state == "rejected" and not proof.structure:
+        in_checkpoint = all(a.passed for a in agreements[:2]) and not all(a.passed for a in agreements)
+        base, candidate = (trained, fused) if in_checkpoint else (twin, fused_twin)
+        images = torch.from_numpy(special.images[:2]).double()
+        proof = _with(proof, bisection.bisect(base, bisection.blocks_of(candidate), images))
+    progress("prove fusion", 7, 7)
+    return proof
+
+
+def prove_onnx(
+    oracle: Oracle,
+    folded: Network,
+    path: Path,
+    made: Export,
+    *,
+    metadata: Metadata,
+    progress: Progress = silent,
+) -> Proof:
+    """Prove that an ONNX file, run by ONNX Runtime, computes what the oracle does.
+
+    Args:
+        oracle: the network that the file stands for, float64.
+        folded: the network that was exported, float32.
+        path: the file.
+        made: what the file is.
+        metadata: of the file.
+        progress: told after each comparison.
+
+    Raises:
+        MismatchError: shapes differ, or the checkpoint does not survive the precision.
+        InconclusiveError: the runtime's own noise is too large.
+    """
+    progress("prove ONNX", 0, 3)
+    inside = metadata.preprocessing if made.embeds_preprocessing else None
+    with open_onnx(path, made.precision) as backend:
+        agreements = [judge_backend("checkpoint", oracle, backend, metadata, precision=made.precision, eager=folded)]
+    progress("prove ONNX", 1, 3)
+    twin = poison(oracle.model if batch_norms(oracle.model) else _rebuilt(oracle.model))
+    folded_twin = fuse(twin).model
+    twin_batch = Batch(min=1, opt=TWIN_BATCH, max=16) if made.batch.dynamic else Batch(min=1, opt=1, max=1)
+    with tempfile.TemporaryDirectory() as folder:
+        twin_path = Path(folder) / "twin.onnx"
+        export(folded_twin, twin_path, precision=made.precision, size=(SMALL, SMALL), batch=twin_batch, embed=inside)
+        progress("prove ONNX", 2, 3)
+        special = verify.pictures((SMALL, SMALL), count=4) if inside else verify.special((SMALL, SMALL))
+        poisoned = Oracle(twin, oracle.sha256)
+        with open_onnx(twin_path, made.precision) as backend:
+            agreements.append(
+                judge_backend(
+                    "poisoned",
+                    poisoned,
+                    backend,
+                    metadata,
+                    precision=made.precision,
+                    probe=special,
+                    eager=folded_twin,
+                    limit=False,
+                )
+            )
+        _demand_signal(agreements[-1], demanded=True)
+        proof = Proof(
+            edge="export",
+            agreements=tuple(agreements),
+            modules={},
+            structure=(),
+            bisection=None,
+            doubt=agreements[0].doubt,
+        )
+        if proof.state == "rejected":
+            base, net, where = (
+                (oracle, folded, path) if not agreements[0].passed else (poisoned, folded_twin, twin_path)
+            )
+            images = torch.from_numpy(verify.normal((SMALL, SMALL) if where == twin_path else made.size).images)
+            eager = bisection.blocks_of(cast(net, made.precision))
+            candidate = _onnx_blocks(where, base.model, Path(folder), made.precision)
+            proof = _with(proof, bisection.bisect(base.model, candidate, images[:1].double(), eager=eager))
+    progress("prove ONNX", 3, 3)
+    return proof
+
+
+def prove_weights(oracle: Oracle, stored: Network, precision: Precision, *, size: tuple[int, int]) -> Proof:
+    """Prove that cast weights, as read back, answer within what their precision costs."""
+    probe = verify.normal(size)
+    expected = oracle.answers(probe)
+    eager = cast(fuse(oracle.model).model, precision)
+    bound = verify.calibrate(expected, answer_of(eager), probe, precision, limit=True)
+    agreement = verify.verify(
+        expected, answer_of(stored), probe, bound=bound, name="checkpoint", precision=precision, repeat=False
+    )
+    structure = _structure(oracle.model, stored, "full")
+    return Proof(edge="export", agreements=(agreement,), modules={}, structure=structure, bisection=None)
+
+
+def prove_file(oracle: Oracle, path: Path, *, doubt: str = "", progress: Progress = silent) -> Proof:
+    """Judge an ONNX file by a network that is not necessarily the one it was made from."""
+    metadata = graph.header(path)
+    precision = metadata.precision if metadata else None
+    with open_onnx(path, precision) as backend:
+        progress("verify", 0, 1)
+        agreement = judge_backend("checkpoint", oracle, backend, metadata, precision=precision)
+    agreement = dataclasses.replace(agreement, doubt=agreement.doubt or doubt)
+    progress("verify", 1, 1)
+    return Proof(
+        edge="verify", agreements=(agreement,), modules={}, structure=(), bisection=None, doubt=agreement.doubt
+    )
+
+
+def prove_pair(
+    oracle: Oracle, other: Loaded, *, size: tuple[int, int], doubt: str = "", progress: Progress = silent
+) -> Proof:
+    """Judge one network by another, each as its file has it."""
+    precision = other.metadata.precision if other.metadata else "fp32"
+    eager = answer_of(cast(fuse(oracle.model).model, precision))
+    agreements = []
+    probes = {"special images, 64x64": verify.special((SMALL, SMALL)), f"{size[0]}x{size[1]}": verify.normal(size)}
+    for done, (name, probe) in enumerate(probes.items()):
+        progress("verify", done, len(probes))
+        expected = oracle.answers(probe)
+        bound = verify.calibrate(expected, eager, probe, precision, limit=True)
+        agreements.append(
+            verify.verify(
+                expected, answer_of(other.model), probe, bound=bound, name=name, precision=precision, repeat=False
+            )
+        )
+    progress("verify", len(probes), len(probes))
+    found = Proof(edge="verify", agreements=tuple(agreements), modules={}, structure=(), bisection=None, doubt=doubt)
+    if found.state == "rejected" and oracle.model.geometry == other.model.geometry:
+        images = torch.from_numpy(verify.special((SMALL, SMALL)).images[:2]).double()
+        candidate, blocks = bisection.blocks_of(other.model), bisection.blocks_of(cast(oracle.model, precision))
+        found = dataclasses.replace(found, bisection=bisection.bisect(oracle.model, candidate, images, eager=blocks))
+    return found
+
+
+def prove_graphs(reference: Path, candidate: Path, *, progress: Progress = silent) -> Proof:
+    """Judge one ONNX file by another; neither has a float64 answer, so a pass is provisional."""
+    metadata = graph.header(candidate) or graph.header(reference)
+    precision = metadata.precision if metadata else "fp32"
+    doubt = "the reference is no float64 network: name the checkpoint or the fused weights to have a proof"
+    with open_onnx(reference, None) as first, open_onnx(candidate, None) as second:
+        progress("verify", 0, 1)
+        probe = _probe_for(first, metadata)
+        expected = {
+            name: np.asarray(out, np.float64)
+            for name, out in verify.any_batch(first.run, first.input.shape[0])(probe.images).items()
+        }
+        row = TOLERANCES[precision]
+        bound = verify.fixed(expected, row.factor * row.typical, f"{row.factor:g} x the usual {precision} error")
+        answer = verify.any_batch(second.run, second.input.shape[0])
+        agreement = verify.verify(expected, answer, probe, bound=bound, name="graphs", precision=precision, doubt=doubt)
+    progress("verify", 1, 1)
+    return Proof(edge="verify", agreements=(agreement,), modules={}, structure=(), bisection=None, doubt=doubt)
+
+
+def judge_backend(
+    name: str,
+    oracle: Oracle,
+    backend: Backend,
+    metadata: Metadata | None,
+    *,
+    precision: Precision | None = None,
+    probe: Probe | None = None,
+    eager: Network | None = None,
+    limit: bool = True,
+) -> Agreement:
+    """Judge an open backend by the float64 network.
+
+    Args:
+        name: what the candidate is called.
+        oracle: the network.
+        backend: open.
+        metadata: of its artefact; tells preprocessing and size where the artefact leaves them open.
+        precision: of the artefact, where the open file is its stand-in.
+        probe: the images; by default two at the artefact's own size.
+        eager: the fused network, in any type.
+        limit: whether to refuse a network that does not survive the precision.
+    """
+    precision = precision or backend.precision
+    inside = metadata.preprocessing if metadata and backend.input.dtype == "uint8" else None
+    probe = probe or _probe_for(backend, metadata)
+    expected = oracle.answers(probe, inside)
+    network = cast(eager or fuse(oracle.model).model, precision)
+    bound = verify.calibrate(expected, answer_of(network, preprocessing=inside), probe, precision, limit=limit)
+    return verify.verify(
+        expected,
+        verify.any_batch(backend.run, backend.input.shape[0]),
+        probe,
+        bound=bound,
+        name=name,
+        precision=precision,
+        doubt=NO_BF16 if precision == "bf16" else "",
+    )
+
+
+@contextmanager
+def open_onnx(path: Path, precision: Precision | None) -> Iterator[Backend]:
+    """Open an ONNX file on ONNX Runtime's CPU provider; a bfloat16 one as its float32 twin."""
+    with tempfile.TemporaryDirectory() as folder:
+        runnable = path
+        if precision == "bf16":
+            runnable = Path(folder) / "twin32.onnx"
+            graph.bfloat16_twin(path, runnable)
+        with OrtCpu(runnable) as backend:
+            yield backend
+
+
+def _probe_for(backend: Backend, metadata: Metadata | None) -> Probe:
+    raw = backend.input.dtype == "uint8"
+    stated = backend.input.shape[1:3] if raw else backend.input.shape[2:4]
+    default = metadata.preprocessing.size if metadata else (224, 224)
+    height, width = (s or d for s, d in zip(stated, default, strict=True))
+    return verify.pictures((height, width)) if raw else verify.normal((height, width))
+
+
+def _alone(block: Reparam) -> float:
+    """Return the worst relative error of a block's merged kernel on maps smaller than it and larger than half."""
+    merged = block.merged()
+    half = merged.kernel_size[0] // 2
+    rng = torch.Generator().manual_seed(merged.in_channels)
+    worst = 0.0
+    with torch.inference_mode():
+        for height, width in ((1, 1), (3, 5), (half + 1, half + 2)):
+            x = torch.randn(2, merged.in_channels, height, width, generator=rng).double()
+            ref = block(x)
+            error = float((merged(x) - ref).norm() / ref.norm())
+            worst = max(worst, math.inf if math.isnan(error) else error)
+    return worst
+
+
+def _structure(trained: Network, stored: Network, level: Level) -> tuple[str, ...]:
+    left = batch_norms(stored)
+    blocks = [n for n, m in stored.named_modules() if isinstance(m, Reparam)]
+    small = sum(
+        len([c for c in m.modules() if isinstance(c, nn.Conv2d)]) - 1
+        for m in trained.modules()
+        if isinstance(m, Reparam)
+    )
+    alone = sum(f.side == "alone" for f in trained.folds()) if trained.form != "folded" and level == "full" else 0
+    wanted = sum(isinstance(m, nn.Conv2d) for m in trained.modules()) - small + alone
+    found = sum(isinstance(m, nn.Conv2d) for m in stored.modules())
+    findings = {
+        f"{len(left)} BatchNorms left: {', '.join(left[:3])}": level == "full" and bool(left),
+        f"{len(blocks)} branched blocks left: {', '.join(blocks[:3])}": bool(blocks),
+        f"{found} convolutions, expected {wanted}": found != wanted,
+    }
+    return tuple(finding for finding, bad in findings.items() if bad)
+
+
+def _onnx_blocks(path: Path, reference: Network, folder: Path, precision: Precision) -> BlockAnswer:
+    """Return a function that runs one block of an ONNX file on its own."""
+    if precision == "bf16":
+        graph.bfloat16_twin(path, folder / "bisect32.onnx")
+        path = folder / "bisect32.onnx"
+    model = graph.load(path)
+    extractor = onnx.utils.Extractor(model)
+    names = list(reference.blocks())
+    before = dict(zip(names[1:], names[:-1], strict=True)) | {bisection.HEAD: names[-1]}
+
+    def answer(name: str, x: Tensor) -> Tensor:
+        first = next((n.input[0] for n in model.graph.node if n.op_type == "Conv"), INPUT)
+        source, result = before.get(name, first), name if name != bisection.HEAD else model.graph.output[-1].name
+        part = folder / "block.onnx"
+        onnx.save(extractor.extract_model([source], [result]), part)
+        with OrtCpu(part) as backend:
+            (out,) = backend.run(x.numpy().astype(np.float32)).values()
+        return torch.from_numpy(out)
+
+    return answer
+
+
+def _rebuilt(model: Network) -> Network:
+    """Return a training-form network of the same geometry with random weights."""
+    return randomise(type(model).build(model.geometry, "training"))
+
+
+def _demand_signal(agreement: Agreement, demanded: bool) -> None:  # noqa: FBT001
+    if demanded and not agreement.signal >= SIGNAL:
+        raise ContractError(
+            f"{agreement.name}: two images differ by {agreement.signal:.1e} only, the proof would be blind"
+        )
+
+
+def cast(model: Network, to: torch.dtype | Precision) -> Network:
+    """Return a copy of a network in another floating type."""
+    dtype = to if isinstance(to, torch.dtype) else TOLERANCES[to].torch_dtype
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    copy = type(model).empty(model.geometry, model.form)
+    copy.load_state_dict(state, assign=True)
+    return copy.requires_grad_(requires_grad=False).eval()
+
+
+def _with(proof: Proof, found: Bisection) -> Proof:
+    return dataclasses.replace(proof, bisection=found)

@@ -1,0 +1,347 @@
+"""Two answers to the same images → how far apart, and whether that is inside.
+
+Images are judged one by one and the worst decides: a batch must not dilute its bad row. The bound is
+what the precision itself costs PyTorch on this network and these images, times a factor. Whatever is
+not inside fails, so NaN fails.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from replk_deploy.errors import ContractError, InconclusiveError, MismatchError
+from replk_deploy.metadata import State
+from replk_deploy.models.base import Network
+from replk_deploy.precision import FLOOR, TOLERANCES, Precision
+from replk_deploy.preprocess import Preprocessing
+
+Array = npt.NDArray[Any]
+Answer = Callable[[Array], Mapping[str, Array]]
+PEAK = 4  # the largest element may be off by this many times the bound on the whole; measured 1 to 2
+SIGNAL = 1e-2  # two images must differ at least this much in the output, or every relative gate is blind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Images with a name each: [N, 3, H, W] float32 normalised, or [N, H, W, 3] uint8."""
+
+    names: tuple[str, ...]
+    images: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """How far an output may be off in relative L2, and the sentence that says why."""
+
+    rel_l2: Mapping[str, float]
+    eager: Mapping[str, float]
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One image, one output."""
+
+    image: str
+    output: str
+    rel_l2: float
+    max_abs: float
+    peak: float
+    share: float
+    top1: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How far a candidate is from its reference, image by image.
+
+    Attributes:
+        signal: relative difference between the reference's answers to two images.
+        noise: relative difference between two runs of the candidate; None when not probed.
+        undecidable: share of images whose two best classes are closer than the bound can tell.
+        doubt: why the verdict vouches for less than it seems, empty when it does not.
+    """
+
+    KIND: ClassVar[str] = "agreement"
+    FORMAT: ClassVar[int] = 1
+    DERIVED: ClassVar[tuple[str, ...]] = ("state", "rel_l2", "worst", "flips", "ties", "sentence")
+
+    name: str
+    precision: str
+    rows: tuple[Row, ...]
+    bound: Bound
+    signal: float
+    noise: float | None
+    undecidable: float
+    doubt: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether every image is inside the bound and no decidable class flipped."""
+        return bool(self.rows) and all(r.share <= 1 for r in self.rows) and self.flips == 0
+
+    @property
+    def state(self) -> State:
+        """Return the verdict's word."""
+        return "rejected" if not self.passed else "provisional" if self.doubt else "pass"
+
+    @property
+    def worst(self) -> float:
+        """Return the largest share of the allowance that was used."""
+        return max((r.share for r in self.rows), default=math.inf)
+
+    @property
+    def rel_l2(self) -> float:
+        """Return the largest relative L2 error of an image."""
+        return max((r.rel_l2 for r in self.rows), default=math.inf)
+
+    @property
+    def flips(self) -> int:
+        """Count images whose class changed by more than the bound can excuse."""
+        return sum(r.top1 == "flip" for r in self.rows)
+
+    @property
+    def ties(self) -> int:
+        """Count images whose class changed between two that are too close to tell apart."""
+        return sum(r.top1 == "tie" for r in self.rows)
+
+    @property
+    def sentence(self) -> str:
+        """Say the finding in words."""
+        worst = max(self.rows, key=lambda r: r.share)
+        limit = self.bound.rel_l2[worst.output]
+        eager = self.bound.eager.get(worst.output)
+        found = f"{worst.image}: {worst.output} is {worst.rel_l2:.1e} from float64, limit {limit:.1e}"
+        if not eager:
+            return found
+        times = worst.rel_l2 / max(eager, FLOOR)
+        return f"{found} ({times:.2g}x PyTorch's own {self.precision} error)"
+
+
+def normal(size: tuple[int, int], *, count: int = 2, seed: int = 0) -> Probe:
+    """Make unlike images of seeded normal noise in the normalised scale."""
+    rng = np.random.default_rng(seed)
+    images = rng.standard_normal((count, 3, *size)).astype(np.float32)
+    return Probe(names=tuple(f"normal {i}" for i in range(count)), images=images)
+
+
+def special(size: tuple[int, int], *, seed: int = 1) -> Probe:
+    """Make two normal images, one of zeros, impulses at the centre and corners, and one ten times as strong."""
+    rng = np.random.default_rng(seed)
+    height, width = size
+    images = np.zeros((9, 3, height, width), np.float32)
+    images[:2] = rng.standard_normal((2, 3, height, width))
+    spots = {"centre": (height // 2, width // 2), "top left": (0, 0), "top right": (0, -1)}
+    spots |= {"bottom left": (-1, 0), "bottom right": (-1, -1)}
+    for image, (y, x) in zip(images[3:8], spots.values(), strict=True):
+        image[:, y, x] = rng.standard_normal(3)
+    images[8] = 10 * rng.standard_normal((3, height, width))
+    return Probe(names=("normal 0", "normal 1", "zeros", *(f"impulse {s}" for s in spots), "10 sigma"), images=images)
+
+
+def pictures(size: tuple[int, int], *, count: int = 2, seed: int = 0) -> Probe:
+    """Make unlike images of seeded uniform bytes, for networks with the preprocessing inside."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
+    return Probe(names=tuple(f"uniform {i}" for i in range(count)), images=images)
+
+
+def answer_of(model: Network, *, preprocessing: Preprocessing | None = None) -> Answer:
+    """Return a function that gives a network's answers in its own precision, one image at a time.
+
+    Args:
+        model: in eval mode, on the CPU.
+        preprocessing: applied to uint8 images, as written there; None takes normalised images.
+    """
+    parameter = next(model.parameters())
+
+    def answer(images: Array) -> dict[str, Array]:
+        if preprocessing is not None:
+            scaled = images.astype(np.float64) / 255
+            images = ((scaled - np.array(preprocessing.mean)) / np.array(preprocessing.std)).transpose(0, 3, 1, 2)
+        outs: list[tuple[Array, ...]] = []
+        with torch.inference_mode():
+            for image in images:
+                batch = torch.from_numpy(np.ascontiguousarray(image[None])).to(parameter.dtype)
+                outs.append(tuple(out.double().numpy() for out in model(batch)))
+        columns = (np.concatenate(column) for column in zip(*outs, strict=True))
+        return dict(zip(model.geometry.outputs, columns, strict=True))
+
+    return answer
+
+
+def in_batches(answer: Answer, size: int) -> Answer:
+    """Return an answer for any number of images from one that takes exactly `size` at a time."""
+
+    def batched(images: Array) -> dict[str, Array]:
+        chunks = []
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size]
+            rows = np.arange(size) % len(chunk)
+            chunks.append({name: out[: len(chunk)] for name, out in answer(chunk[rows]).items()})
+        return {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+
+    return batched
+
+
+def any_batch(answer: Answer, size: int | None) -> Answer:
+    """Return an answer for any number of images; `size` is what a fixed-batch artefact takes, None for a free one."""
+    return answer if size is None else in_batches(answer, size)
+
+
+def calibrate(
+    expected: Mapping[str, Array], eager: Answer, probe: Probe, precision: Precision, *, limit: bool
+) -> Bound:
+    """Return the bound that a precision deserves on this network and these images.
+
+    Args:
+        expected: the float64 answers.
+        eager: PyTorch at the precision in question.
+        probe: the images.
+        precision: its row of the table decides factor and limit.
+        limit: whether to refuse a network that does not survive the precision.
+
+    Raises:
+        MismatchError: PyTorch's own error at this precision is above the limit of the table.
+    """
+    row, own = TOLERANCES[precision], eager(probe.images)
+    errors = {name: max(_rel_l2(own[name], ref)) for name, ref in expected.items()}
+    bad = {name: e for name, e in errors.items() if not e <= row.limit}
+    if limit and bad:
+        name, error = next(iter(bad.items()))
+        raise MismatchError(
+            f"this checkpoint does not survive {precision}: PyTorch's own {name} is {error:.1e} from float64, "
+            f"limit {row.limit:.0e}",
+            "use --precision fp32"
+            if precision != "fp32"
+            else "train with a larger BatchNorm eps or look for exploding layers",
+        )
+    bounds = {name: row.factor * max(e, FLOOR) for name, e in errors.items()}
+    return Bound(rel_l2=bounds, eager=errors, why=f"{row.factor:g} x PyTorch {precision}")
+
+
+def fixed(expected: Mapping[str, Array], rel_l2: float, why: str) -> Bound:
+    """Return the same bound for every output."""
+    return Bound(rel_l2=dict.fromkeys(expected, rel_l2), eager={}, why=why)
+
+
+def verify(
+    expected: Mapping[str, Array],
+    candidate: Answer,
+    probe: Probe,
+    *,
+    bound: Bound,
+    name: str,
+    precision: str,
+    repeat: bool = True,
+    doubt: str = "",
+) -> Agreement:
+    """Compare a candidate's answers with the expected ones.
+
+    Args:
+        expected: the reference's answers to the probe, by output name, float64.
+        candidate: what is judged.
+        probe: the images; both sides answered the same ones.
+        bound: how far each output may be off.
+        name: what the candidate is called in results.
+        precision: in words.
+        repeat: whether to run the candidate again, and with its rows moved by one, to see its noise.
+        doubt: makes a passing verdict provisional.
+
+    Raises:
+        MismatchError: outputs differ in name or shape.
+        InconclusiveError: two runs of the candidate differ by more than half the bound.
+        ContractError: the reference is not finite or empty, or its input was changed.
+    """
+    images = probe.images.copy()
+    got = {key: np.array(out, np.float64) for key, out in candidate(images).items()}
+    _same_shapes(expected, got, name)
+    if not np.array_equal(images, probe.images):
+        raise ContractError(f"{name} changed its input")
+    rows, undecidable = [], []
+    for output, ref in expected.items():
+        limit = bound.rel_l2[output]
+        for index, image in enumerate(probe.names):
+            row, close = _judge(image, output, ref[index], got[output][index], limit)
+            rows.append(row)
+            undecidable.append(close)
+    passed = all(r.share <= 1 for r in rows)
+    return Agreement(
+        name=name,
+        precision=precision,
+        rows=tuple(rows),
+        bound=bound,
+        signal=signal(expected),
+        noise=_noise(candidate, got, probe, bound, name) if repeat and passed else None,
+        undecidable=float(np.mean(undecidable)),
+        doubt=doubt,
+    )
+
+
+def signal(expected: Mapping[str, Array]) -> float:
+    """Return how much two images differ in the answers, relative, for the output where it is least."""
+    gaps = [np.linalg.norm(out[0] - out[1]) / np.linalg.norm(out[0]) for out in expected.values() if len(out) > 1]
+    return float(min(gaps, default=math.nan))
+
+
+def _judge(image: str, output: str, ref: Array, got: Array, limit: float) -> tuple[Row, bool]:
+    off = np.abs(got - ref)
+    scale = float(np.abs(ref).max())
+    rel_l2 = _ratio(float(np.linalg.norm(off)), float(np.linalg.norm(ref)))
+    peak = _ratio(float(off.max()), scale)
+    share = max(rel_l2 / limit, peak / (PEAK * limit))
+    if not math.isfinite(rel_l2) or not math.isfinite(peak):
+        share = math.inf
+    top1, close = "", False
+    if ref.ndim == 1 and len(ref) > 1:
+        allowed = 2 * PEAK * limit * scale
+        second, first = np.sort(ref)[-2:]
+        close = bool(first - second <= allowed)
+        chosen = int(got.argmax()) if np.isfinite(got).all() else -1
+        same = chosen == int(ref.argmax())
+        top1 = "same" if same else "tie" if chosen >= 0 and first - ref[chosen] <= allowed else "flip"
+    return (
+        Row(image=image, output=output, rel_l2=rel_l2, max_abs=float(off.max()), peak=peak, share=share, top1=top1),
+        close,
+    )
+
+
+def _noise(candidate: Answer, got: Mapping[str, Array], probe: Probe, bound: Bound, name: str) -> float:
+    """Run again with the rows moved by one: neither the neighbours nor the second time may matter."""
+    moved = candidate(np.roll(probe.images, 1, axis=0))
+    noise = 0.0
+    for output, first in got.items():
+        again = np.roll(np.asarray(moved[output], np.float64), -1, axis=0)
+        worst = max(_rel_l2(again, first))
+        if not worst <= bound.rel_l2[output] / 2:
+            raise InconclusiveError(
+                f"{name}: {output} changes by {worst:.1e} when the batch is run again in another order, "
+                f"more than half the limit {bound.rel_l2[output]:.1e}",
+                "rows of the batch mix, or the runtime is not deterministic: verify with --batch 1",
+            )
+        noise = max(noise, worst)
+    return noise
+
+
+def _same_shapes(expected: Mapping[str, Array], got: Mapping[str, Array], name: str) -> None:
+    for output, ref in expected.items():
+        if ref.size == 0 or not np.isfinite(ref).all():
+            raise ContractError(f"the reference's {output} is empty or not finite")
+    wanted = {output: ref.shape for output, ref in expected.items()}
+    shapes = {output: out.shape for output, out in got.items()}
+    if wanted != shapes:
+        raise MismatchError(f"{name} answers {shapes}, the reference {wanted}", "compare files of the same network")
+
+
+def _rel_l2(got: Array, ref: Array) -> list[float]:
+    pairs = zip(got, ref, strict=True)
+    return [_ratio(float(np.linalg.norm(g.astype(np.float64) - r)), float(np.linalg.norm(r))) for g, r in pairs]
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else (0.0 if part == 0 else math.inf)
