@@ -47,8 +47,8 @@ class Bisection:
         """Name the culprit in words."""
         bad = self.culprit
         if bad is None:
-            return "each block alone is inside its limit: the error lies between the blocks"
-        return f"first wrong block: {bad.block} (alone {bad.rel_l2:.1e} off, limit {bad.limit:.1e})"
+            return "each block alone is right: the error lies before, behind or between them"
+        return f"first wrong block: {bad.block}, alone {bad.rel_l2:.1e} off (limit {bad.limit:.1e})"
 
 
 def bisect(

@@ -55,7 +55,7 @@ from replk_deploy.backends.base import Array, Backend
 from replk_deploy.bench import Bench
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.container import Source
-from replk_deploy.errors import IntegrityError, MismatchError, ReplkError, UnavailableError
+from replk_deploy.errors import ContractError, IntegrityError, MismatchError, ReplkError, UnavailableError
 from replk_deploy.export import Batch, Export
 from replk_deploy.fuse import Fusion, Level
 from replk_deploy.inspect import Inspection
@@ -159,29 +159,22 @@ def fuse(
     progress: Progress = silent,
 ) -> Fused:
     """Fuse a checkpoint into a proved weights file, in a run or at `output`."""
-    return _fuse(
-        checkpoints.load(path, source=source, head=head),
-        output=output,
-        level=level,
-        size=size,
-        prove=prove,
-        root=root,
-        progress=progress,
-    )
+    loaded = checkpoints.load(path, source=source, head=head)
+    run = None if output else Workspace(root / _run_name(loaded))
+    return _fuse(loaded, run, output=output, level=level, size=size, prove=prove, progress=progress)
 
 
 def _fuse(
     loaded: Loaded,
+    run: Workspace | None,
     *,
     output: Path | None = None,
     level: Level = "full",
     size: Size | None = None,
     prove: bool = True,
-    root: Path = ROOT,
     progress: Progress = silent,
 ) -> Fused:
     result = fusing.fuse(loaded.model, level=level, progress=progress)
-    run = None if output else Workspace(root / _run_name(loaded))
     name = FUSED if level == "full" else "merged.safetensors"
     final = output or (run.path(name) if run else Path(name))
     if final.suffix not in {".safetensors", ".pth"}:
@@ -330,7 +323,7 @@ def bench(
     try:
         for name in backends:
             kind = runtimes.find(name)
-            path = single or _needed(run, kind, progress)
+            path = single or _needed(run, kind, progress, any_verdict=allow_unverified)
             _check_kind(path, kind)
             metadata = _vouched(path, allow_unverified=allow_unverified)
             start = time.perf_counter()
@@ -383,7 +376,7 @@ def deploy(
     pictures = images.read(data, classes=loaded.model.geometry.classes) if data else None
     chosen, skipped = _present(backends)
     reused: list[str] = []
-    fused = _resume_fuse(loaded, run, seen.size, root, reused, progress)
+    fused = _resume_fuse(loaded, run, seen.size, reused, progress)
     exports: list[Mapping[str, Any]] = []
     for precision in precisions if fused.verdict.state == "pass" else ():
         options = {"precision": precision, "size": seen.size, "batch": str(batch), "embed": embed, "proved": True}
@@ -509,11 +502,11 @@ def _result(run: Workspace, name: str) -> Mapping[str, Any]:
 
 
 def _resume_fuse(
-    loaded: Loaded, run: Workspace, size: Size, root: Path, reused: list[str], progress: Progress
+    loaded: Loaded, run: Workspace, size: Size, reused: list[str], progress: Progress
 ) -> Fused:
     options = {"level": "full", "size": size, "proved": True}
     if not run.fresh(FUSED, {loaded.file: loaded.sha256}, options):
-        return _fuse(loaded, size=size, root=root, progress=progress)
+        return _fuse(loaded, run, size=size, progress=progress)
     reused.append(FUSED)
     fused, _ = _open_fused(run.take(FUSED), prove=True)
     return dataclasses.replace(fused, oracle=Oracle(loaded.model, loaded.sha256))
@@ -550,9 +543,9 @@ def _fused_source(
     if loaded.metadata and loaded.form == "folded":
         return _open_fused(artefact, prove=prove)[0], run if artefact.parent == run.folder else None
     if output is None:
-        return _fuse(loaded, prove=prove, root=root, progress=progress), run
+        return _fuse(loaded, run, prove=prove, progress=progress), run
     beside = output.with_name(f"{output.stem}.fused.safetensors")
-    return _fuse(loaded, output=beside, prove=prove, root=root, progress=progress), None
+    return _fuse(loaded, None, output=beside, prove=prove, progress=progress), None
 
 
 def _run_or_file(artefact: Path | None, root: Path) -> tuple[Workspace | None, Path | None]:
@@ -565,16 +558,17 @@ def _run_or_file(artefact: Path | None, root: Path) -> tuple[Workspace | None, P
     return None, artefact
 
 
-def _needed(run: Workspace | None, kind: type[Backend], progress: Progress) -> Path:
-    """Return the newest artefact of a run that a backend can start from, building it when there is none."""
+def _needed(run: Workspace | None, kind: type[Backend], progress: Progress, *, any_verdict: bool) -> Path:
+    """Return the newest sound artefact of a run that a backend can start from, building it when there is none."""
     if run is None:
-        raise ReplkError("there is no run", "begin with: replk fuse CHECKPOINT")
-    suffix = ".onnx" if kind.takes == "onnx" else ".safetensors"
-    name = next((n for n in run.artefacts(suffix) if n != "merged.safetensors"), None)
-    if name is None:
+        raise ContractError("neither a run nor a file")
+    names = run.artefacts(".onnx" if kind.takes == "onnx" else ".safetensors")
+    sound = [n for n in names if any_verdict or ((entry := run.entry(n)) and entry.verdict.state == "pass")]
+    name = next((n for n in sound if n != "merged.safetensors"), None)
+    if name is None and kind.takes == "onnx":
         fused, _ = _open_fused(run.take(FUSED), prove=True)
         return _export(fused, run, progress=progress).file
-    return run.take(name)
+    return run.take(name or FUSED)
 
 
 def _check_kind(path: Path, kind: type[Backend]) -> None:

@@ -192,7 +192,7 @@ def chain(done: Any) -> None:
 
 def selftest(found: Any) -> None:
     """Print each planted bug and whether the gate caught it."""
-    table = Table("planted bug", "rel. L2", "caught by", title="selftest", title_justify="left")
+    table = Table("planted bug", "rel. L2", "first wrong block", title="selftest", title_justify="left")
     for row in found.plants:
         caught = escape(row.caught_by) if row.caught else "[red]MISSED[/]"
         table.add_row(escape(row.bug), f"{row.rel_l2:.1e}", caught)

@@ -40,7 +40,7 @@ GEOMETRY = RepLKGeometry(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plant:
-    """One planted bug and what caught it."""
+    """One planted bug: how far off it made the answer, and the block or sentence that names it."""
 
     bug: str
     caught: bool
@@ -96,8 +96,9 @@ def caught(bug: str, plant: Callable[[], AbstractContextManager[Any]]) -> Plant:
             found = prove(network())
         except ReplkError as exc:
             return Plant(bug=bug, caught=True, caught_by=exc.problem, rel_l2=float("inf"))
-    worst = max((a.rel_l2 for a in found.agreements), default=float("inf"))
-    by = found.bisection.sentence if found.bisection else found.sentence
+    worst = max((a.rel_l2 for a in found.agreements if a.precision == "fp64"), default=float("inf"))
+    culprit = found.bisection.culprit if found.bisection else None
+    by = culprit.block if culprit else found.sentence
     return Plant(bug=bug, caught=found.state == "rejected", caught_by=by, rel_l2=worst)
 
 
