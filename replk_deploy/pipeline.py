@@ -6,6 +6,7 @@
 A file gets its final name only after its proof. One that fails is kept apart, under `rejected`.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from replk_deploy import backends as runtimes
@@ -33,7 +33,9 @@ from replk_deploy import (
     files,
     graph,
     images,
+    publish,
     records,
+    sources,
     weights,
 )
 from replk_deploy import (
@@ -51,11 +53,11 @@ from replk_deploy import (
 from replk_deploy import (
     verify as verifying,
 )
-from replk_deploy.backends.base import Array, Backend
+from replk_deploy.backends.base import Backend
 from replk_deploy.bench import Bench
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.container import Source
-from replk_deploy.errors import ContractError, IntegrityError, MismatchError, ReplkError, UnavailableError
+from replk_deploy.errors import ContractError, IntegrityError, MismatchError, ReplkError
 from replk_deploy.export import Batch, Export
 from replk_deploy.fuse import Fusion, Level
 from replk_deploy.inspect import Inspection
@@ -65,11 +67,11 @@ from replk_deploy.precision import Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof
 from replk_deploy.records import live
+from replk_deploy.sources import FUSED
 from replk_deploy.verify import Agreement
 from replk_deploy.workspace import ROOT, Workspace
 
 Size = tuple[int, int]
-FUSED = "fused.safetensors"
 DYNAMIC = Batch(min=1, opt=8, max=64)
 ROTATE = 4
 
@@ -160,7 +162,7 @@ def fuse(
 ) -> Fused:
     """Fuse a checkpoint into a proved weights file, in a run or at `output`."""
     loaded = checkpoints.load(path, source=source, head=head)
-    run = None if output else Workspace(root / _run_name(loaded))
+    run = None if output else Workspace(root / sources.run_name(loaded))
     return _fuse(loaded, run, output=output, level=level, size=size, prove=prove, progress=progress)
 
 
@@ -184,17 +186,17 @@ def _fuse(
     known = metadata.verdict if loaded.metadata and not result.changed else None
     with files.staged(final) as part:
         dtype = next(loaded.model.parameters()).dtype if known else torch.float32
-        _store(part, final.suffix, proving.cast(result.model, dtype), metadata)
-        stored, content = _restore(part, final.suffix, result.model)
+        publish.store(part, final.suffix, proving.cast(result.model, dtype), metadata)
+        stored = publish.restore(part, final.suffix, result.model)
         proof = None
         if prove and known is None:
             size = size or loaded.preprocessing.size
             proof = proving.prove_fusion(oracle, stored, level=level, size=size, progress=progress)
-        verdict = known or _verdict(proof, content, loaded.sha256)
-        metadata = _sealed(metadata, verdict)
+        verdict = known or publish.judged(proof, weights.content_hash(stored), loaded.sha256)
+        metadata = dataclasses.replace(metadata, verdict=verdict)
         if final.suffix == ".safetensors":
             weights.write(part, stored, metadata)
-        file = _place(part, final, verdict, run)
+        file = publish.place(part, final, verdict, run)
     fused = Fused(fusion=result, proof=proof, verdict=verdict, file=file, oracle=oracle, metadata=metadata)
     if run:
         options = {"level": level, "size": size or loaded.preprocessing.size, "proved": prove}
@@ -272,13 +274,13 @@ def _export(
             content = weights.content_hash(stored)
             if prove:
                 proof = proving.prove_weights(fused.oracle, stored, precision, size=size)
-        verdict = _verdict(proof, content, fused.metadata.source_sha256)
-        metadata = _sealed(metadata, verdict)
+        verdict = publish.judged(proof, content, fused.metadata.source_sha256)
+        metadata = dataclasses.replace(metadata, verdict=verdict)
         if onnx:
             graph.seal(part, metadata)
         else:
             weights.write(part, stored, metadata)
-        file = _place(part, final, verdict, run)
+        file = publish.place(part, final, verdict, run)
     exported = Exported(export=made, proof=proof, verdict=verdict, file=file)
     if run and not output:
         options = {"precision": precision, "size": size, "batch": str(batch), "embed": embed, "proved": prove}
@@ -311,39 +313,37 @@ def bench(
     max_seconds: float = 60.0,
     percentiles: tuple[int, ...] = (50, 90),
     allow_unverified: bool = False,
+    precision: Precision | None = None,
     root: Path = ROOT,
     progress: Progress = silent,
 ) -> Benched:
     """Time an artefact on runtimes, each verified just before; a run's missing files are built first."""
-    for name in backends:
-        runtimes.find(name).probe()
-    run, single = _run_or_file(artefact, root)
-    opened: list[Backend] = []
+    kinds = {name: runtimes.find(name) for name in backends}
+    for kind in kinds.values():
+        kind.probe()
+    run, single = sources.run_or_file(artefact, root)
+    if single:
+        for kind in kinds.values():
+            sources.check_kind(single, kind)
+    oracle = sources.oracle_of(run, single)
     contestants, agreements, artefacts = [], {}, {}
-    try:
-        for name in backends:
-            kind = runtimes.find(name)
-            path = single or _needed(run, kind, progress, any_verdict=allow_unverified)
-            _check_kind(path, kind)
-            metadata = _vouched(path, allow_unverified=allow_unverified)
+    with contextlib.ExitStack() as opened:
+        for name, kind in kinds.items():
+            path = single or _needed(run, kind, precision, progress, any_verdict=allow_unverified)
+            metadata = sources.vouched(path, allow_unverified=allow_unverified)
             start = time.perf_counter()
-            backend = kind(path)
+            backend = opened.enter_context(kind(path))
             load_s = time.perf_counter() - start
-            opened.append(backend)
             artefacts[name] = path.name
-            oracle = _oracle_of(path, run)
             if oracle is not None and metadata is not None:
                 progress(f"verify {name}", 0, None)
                 agreements[name] = proving.judge_backend(name, oracle, backend, metadata)
                 if not agreements[name].passed:
                     raise MismatchError(f"{name} answers wrongly: {agreements[name].sentence}", "do not deploy it")
             for count in batches:
-                rounds = [_random_batch(backend, metadata, count, seed) for seed in range(ROTATE)]
+                rounds = [proving.probe_for(backend, metadata, count=count, seed=n).images for n in range(ROTATE)]
                 contestants.append(benching.enter(backend, rounds, load_s=load_s))
         result = benching.measure(contestants, max_seconds=max_seconds, percentiles=percentiles, progress=progress)
-    finally:
-        for backend in opened:
-            backend.close()
     benched = Benched(bench=result, agreements=agreements, artefacts=artefacts, skipped={})
     if run:
         files.write_text(run.path("results/bench.json"), records.to_json(benched.bench))
@@ -372,9 +372,9 @@ def deploy(
     """
     loaded = checkpoints.load(path, source=source, head=head)
     seen = inspection.inspect(loaded, size=size)
-    run = Workspace(root / _run_name(loaded))
+    run = Workspace(root / sources.run_name(loaded))
     pictures = images.read(data, classes=loaded.model.geometry.classes) if data else None
-    chosen, skipped = _present(backends)
+    chosen, skipped = sources.present(backends)
     reused: list[str] = []
     fused = _resume_fuse(loaded, run, seen.size, reused, progress)
     exports: list[Mapping[str, Any]] = []
@@ -395,7 +395,12 @@ def deploy(
         accuracy = [records.plain(a) for a in _accuracies(loaded, fused, run, exports, pictures, progress)]
     if sound and chosen:
         timed = bench(
-            run.folder, backends=chosen, batches=batches, max_seconds=max_seconds, root=root, progress=progress
+            run.folder,
+            backends=chosen,
+            batches=batches,
+            max_seconds=max_seconds,
+            precision=precisions[0],
+            progress=progress,
         )
         timed = dataclasses.replace(timed, skipped=skipped)
     done = Deployment(
@@ -414,12 +419,6 @@ def deploy(
     return done
 
 
-def _run_name(loaded: Loaded) -> str:
-    words = "".join(c if c.isalnum() else "-" for c in loaded.label.lower())
-    origin = loaded.metadata.source_sha256 if loaded.metadata else loaded.sha256
-    return f"{'-'.join(filter(None, words.split('-')))}-{origin[:8]}"
-
-
 def _metadata(loaded: Loaded, model: Network) -> Metadata:
     known = loaded.metadata
     return Metadata(
@@ -433,44 +432,6 @@ def _metadata(loaded: Loaded, model: Network) -> Metadata:
         source_name=known.source_name if known else loaded.file,
         verdict=known.verdict if known else None,
     )
-
-
-def _store(part: Path, suffix: str, model: Network, metadata: Metadata) -> None:
-    if suffix == ".pth":
-        torch.save(model.state_dict(), part)
-    else:
-        weights.write(part, model, metadata)
-
-
-def _restore(part: Path, suffix: str, like: Network) -> tuple[Network, str]:
-    """Read back what was just written: what is proved is what lies on the disk."""
-    if suffix == ".pth":
-        stored = type(like).empty(like.geometry, like.form)
-        stored.load_state_dict(torch.load(part, weights_only=True), assign=True)
-    else:
-        stored, _ = weights.read(part)
-    return stored.eval(), weights.content_hash(stored)
-
-
-def _verdict(proof: Proof | None, content: str, reference: str) -> Verdict:
-    if proof is None:
-        return Verdict(state="unverified", content=content, reference=reference, worst=None, why="not verified")
-    return Verdict(
-        state=proof.state, content=content, reference=reference, worst=_finite(proof.worst), why=proof.sentence
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
-def _place(part: Path, final: Path, verdict: Verdict, run: Workspace | None) -> Path:
-    """Give a proved file its name, and a rejected one another."""
-    if verdict.state == "rejected":
-        apart = final.with_name(f"{final.stem}.rejected{final.suffix}")
-        final = run.path(f"rejected/{final.name}") if run and final.parent == run.folder else apart
-    files.commit(part, final)
-    return final
 
 
 def _enter(
@@ -501,34 +462,22 @@ def _result(run: Workspace, name: str) -> Mapping[str, Any]:
     raise IntegrityError(f"{run.path('results')}/{name}.json is missing", f"make the run again: rm -r {run.folder}")
 
 
-def _resume_fuse(
-    loaded: Loaded, run: Workspace, size: Size, reused: list[str], progress: Progress
-) -> Fused:
+def _resume_fuse(loaded: Loaded, run: Workspace, size: Size, reused: list[str], progress: Progress) -> Fused:
     options = {"level": "full", "size": size, "proved": True}
     if not run.fresh(FUSED, {loaded.file: loaded.sha256}, options):
         return _fuse(loaded, run, size=size, progress=progress)
     reused.append(FUSED)
-    fused, _ = _open_fused(run.take(FUSED), prove=True)
+    fused = _open_fused(run.take(FUSED), prove=True)
     return dataclasses.replace(fused, oracle=Oracle(loaded.model, loaded.sha256))
 
 
-def _open_fused(path: Path, *, prove: bool) -> tuple[Fused, Metadata]:
-    """Open a fused file of ours; its float64 form is the oracle where its header vouches for it."""
-    model, metadata = weights.read(path)
-    if metadata.precision != "fp32":
-        raise ReplkError(f"{path} holds {metadata.precision} weights", "export from the fp32 weights that fuse wrote")
-    verdict = metadata.verdict
-    if verdict and verdict.content != weights.content_hash(model):
-        raise IntegrityError(f"the weights of {path} are not those its verdict speaks of", "fuse the checkpoint again")
-    if prove and (verdict is None or verdict.state != "pass"):
-        raise IntegrityError(
-            f"{path} has no passing verdict, so nothing can be proved by it",
-            "fuse the checkpoint again without --no-verify",
-        )
-    verdict = verdict or Verdict(state="unverified", content="", reference="", worst=None, why="not verified")
+def _open_fused(path: Path, *, prove: bool) -> Fused:
+    """Open fused weights that were proved before; their float64 form is the oracle."""
+    model, metadata = sources.open_fused(path, prove=prove)
+    verdict = metadata.verdict or publish.judged(None, "", "")
     fusion = Fusion(model=model, level="full", merged=(), folded=(), left=fusing.batch_norms(model))
     oracle = Oracle(model, metadata.source_sha256)
-    return Fused(fusion=fusion, proof=None, verdict=verdict, file=path, oracle=oracle, metadata=metadata), metadata
+    return Fused(fusion=fusion, proof=None, verdict=verdict, file=path, oracle=oracle, metadata=metadata)
 
 
 def _fused_source(
@@ -537,103 +486,33 @@ def _fused_source(
     """Find the fused weights to export: the latest run's, a run's, a file's, or a checkpoint's after fusing it."""
     if artefact is None or artefact.is_dir():
         run = Workspace.latest(root) if artefact is None else Workspace.open(artefact)
-        return _open_fused(run.take(FUSED), prove=prove)[0], run
+        return _open_fused(run.take(FUSED), prove=prove), run
     loaded = checkpoints.load(artefact)
-    run = Workspace(root / _run_name(loaded))
+    run = Workspace(root / sources.run_name(loaded))
     if loaded.metadata and loaded.form == "folded":
-        return _open_fused(artefact, prove=prove)[0], run if artefact.parent == run.folder else None
+        return _open_fused(artefact, prove=prove), run if artefact.parent == run.folder else None
     if output is None:
         return _fuse(loaded, run, prove=prove, progress=progress), run
     beside = output.with_name(f"{output.stem}.fused.safetensors")
     return _fuse(loaded, None, output=beside, prove=prove, progress=progress), None
 
 
-def _run_or_file(artefact: Path | None, root: Path) -> tuple[Workspace | None, Path | None]:
-    if artefact is None:
-        return Workspace.latest(root), None
-    if artefact.is_dir():
-        return Workspace.open(artefact), None
-    if not artefact.is_file():
-        raise ReplkError(f"{artefact} does not exist", "name a run folder, a .onnx or a fused .safetensors file")
-    return None, artefact
-
-
-def _needed(run: Workspace | None, kind: type[Backend], progress: Progress, *, any_verdict: bool) -> Path:
+def _needed(
+    run: Workspace | None, kind: type[Backend], precision: Precision | None, progress: Progress, *, any_verdict: bool
+) -> Path:
     """Return the newest sound artefact of a run that a backend can start from, building it when there is none."""
     if run is None:
         raise ContractError("neither a run nor a file")
-    names = run.artefacts(".onnx" if kind.takes == "onnx" else ".safetensors")
-    sound = [n for n in names if any_verdict or ((entry := run.entry(n)) and entry.verdict.state == "pass")]
-    name = next((n for n in sound if n != "merged.safetensors"), None)
-    if name is None and kind.takes == "onnx":
-        fused, _ = _open_fused(run.take(FUSED), prove=True)
-        return _export(fused, run, progress=progress).file
-    return run.take(name or FUSED)
-
-
-def _check_kind(path: Path, kind: type[Backend]) -> None:
-    wanted = ".onnx" if kind.takes == "onnx" else ".safetensors"
-    if path.suffix == wanted:
-        return
-    how = "replk export --onnx" if wanted == ".onnx" else "replk fuse CHECKPOINT"
-    file = "model.<precision>.onnx" if wanted == ".onnx" else FUSED
-    raise ReplkError(f"{kind.name} starts from {file}, not from {path.name}", f"make it with: {how}")
-
-
-def _vouched(path: Path, *, allow_unverified: bool) -> Metadata | None:
-    """Return a file's metadata if a passing verdict speaks of exactly this content."""
-    metadata = graph.header(path) if path.suffix == ".onnx" else weights.header(path)
-    if allow_unverified:
-        return metadata
-    verdict = metadata.verdict if metadata else None
-    if verdict is None or verdict.state != "pass":
-        state = f"is {verdict.state}" if verdict else "has no verdict"
-        raise IntegrityError(f"{path} {state}", "verify it, or time it all the same with --allow-unverified")
-    content = graph.content_hash(path) if path.suffix == ".onnx" else weights.content_hash(weights.read(path)[0])
-    if content != verdict.content:
-        raise IntegrityError(
-            f"{path} is not the file that its verdict speaks of", "export it again: replk export --onnx"
-        )
-    return metadata
-
-
-def _oracle_of(path: Path, run: Workspace | None) -> Oracle | None:
-    """Return the float64 network that a file stands for, where one is at hand."""
-    if run is not None and run.entry(FUSED):
-        model, metadata = weights.read(run.take(FUSED))
-    elif path.suffix == ".safetensors":
-        model, metadata = weights.read(path)
-    else:
-        return None
-    return Oracle(model, metadata.source_sha256)
-
-
-def _random_batch(backend: Backend, metadata: Metadata | None, count: int, seed: int) -> Array:
-    rng = np.random.default_rng(seed)
-    raw = backend.input.dtype == "uint8"
-    spot = slice(1, 3) if raw else slice(2, 4)
-    stated = backend.input.shape[spot]
-    default = metadata.preprocessing.size if metadata else (224, 224)
-    height, width = (s or d for s, d in zip(stated, default, strict=True))
-    if raw:
-        return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-    return rng.standard_normal((count, 3, height, width)).astype(np.float32)
-
-
-def _present(backends: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the backends that can run here; those asked for by name must."""
-    if backends:
-        for name in backends:
-            runtimes.find(name).probe()
-        return list(backends), {}
-    present, skipped = [], {}
-    for name in runtimes.BACKENDS:
-        try:
-            runtimes.find(name).probe()
-            present.append(name)
-        except UnavailableError as exc:
-            skipped[name] = str(exc)
-    return present, skipped
+    suffix = ".onnx" if kind.takes == "onnx" else ".safetensors"
+    for name in run.artefacts(suffix):
+        entry = run.entry(name)
+        sound = any_verdict or (entry is not None and entry.verdict.state == "pass")
+        fits = precision in {None, "fp32"} if name == FUSED else precision is None or f".{precision}." in name
+        if sound and fits and name != "merged.safetensors":
+            return run.take(name)
+    fused, onnx = _open_fused(run.take(FUSED), prove=True), kind.takes == "onnx"
+    made = _export(fused, run, onnx=onnx, precision=precision or "fp32", progress=progress)
+    return made.file
 
 
 def _accuracies(
@@ -675,7 +554,3 @@ def _doubt(loaded: Loaded) -> str:
     if loaded.metadata and (verdict is None or verdict.state != "pass"):
         return f"the reference {loaded.file} has no passing verdict itself"
     return ""
-
-
-def _sealed(metadata: Metadata, verdict: Verdict) -> Metadata:
-    return dataclasses.replace(metadata, verdict=verdict)

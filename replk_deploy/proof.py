@@ -303,7 +303,7 @@ def prove_graphs(reference: Path, candidate: Path, *, progress: Progress = silen
     doubt = "the reference is no float64 network: name the checkpoint or the fused weights to have a proof"
     with open_onnx(reference, None) as first, open_onnx(candidate, None) as second:
         progress("verify", 0, 1)
-        probe = _probe_for(first, metadata)
+        probe = probe_for(first, metadata)
         expected = {
             name: np.asarray(out, np.float64)
             for name, out in verify.any_batch(first.run, first.input.shape[0])(probe.images).items()
@@ -341,7 +341,7 @@ def judge_backend(
     """
     precision = precision or backend.precision
     inside = metadata.preprocessing if metadata and backend.input.dtype == "uint8" else None
-    probe = probe or _probe_for(backend, metadata)
+    probe = probe or probe_for(backend, metadata)
     expected = oracle.answers(probe, inside)
     network = cast(eager or fuse(oracle.model).model, precision)
     bound = verify.calibrate(expected, answer_of(network, preprocessing=inside), probe, precision, limit=limit)
@@ -368,12 +368,14 @@ def open_onnx(path: Path, precision: Precision | None) -> Iterator[Backend]:
             yield backend
 
 
-def _probe_for(backend: Backend, metadata: Metadata | None) -> Probe:
+def probe_for(backend: Backend, metadata: Metadata | None, *, count: int = 2, seed: int = 0) -> Probe:
+    """Make random images of the kind and size that an open backend takes."""
     raw = backend.input.dtype == "uint8"
     stated = backend.input.shape[1:3] if raw else backend.input.shape[2:4]
     default = metadata.preprocessing.size if metadata else (224, 224)
     height, width = (s or d for s, d in zip(stated, default, strict=True))
-    return verify.pictures((height, width)) if raw else verify.normal((height, width))
+    make = verify.pictures if raw else verify.normal
+    return make((height, width), count=count, seed=seed)
 
 
 def _alone(block: Reparam) -> float:

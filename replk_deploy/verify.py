@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from replk_deploy import onednn
 from replk_deploy.errors import ContractError, InconclusiveError, MismatchError
 from replk_deploy.metadata import State
 from replk_deploy.models.base import Network
@@ -158,14 +159,14 @@ def answer_of(model: Network, *, preprocessing: Preprocessing | None = None) -> 
         model: in eval mode, on the CPU.
         preprocessing: applied to uint8 images, as written there; None takes normalised images.
     """
-    parameter = next(model.parameters())
+    parameter, stalls = next(model.parameters()), onednn.stalls(model)
 
     def answer(images: Array) -> dict[str, Array]:
         if preprocessing is not None:
             scaled = images.astype(np.float64) / 255
             images = ((scaled - np.array(preprocessing.mean)) / np.array(preprocessing.std)).transpose(0, 3, 1, 2)
         outs: list[tuple[Array, ...]] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), onednn.avoided(stalls):
             for image in images:
                 batch = torch.from_numpy(np.ascontiguousarray(image[None])).to(parameter.dtype)
                 outs.append(tuple(out.double().numpy() for out in model(batch)))

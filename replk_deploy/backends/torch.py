@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from replk_deploy import weights
+from replk_deploy import onednn, weights
 from replk_deploy.backends.base import Array, Arrays, Backend, Launch, TensorSpec
 from replk_deploy.errors import ContractError
 from replk_deploy.models.base import Network
@@ -53,14 +53,27 @@ class TorchRuntime(Backend):
         self.input = TensorSpec(
             name="images", dtype=str(self._dtype).removeprefix("torch."), shape=(None, 3, None, None)
         )
-        facts["layout"], facts["layout_probe"] = faster_layout(model, self._dtype, metadata.preprocessing.size)
+        self._stalls = onednn.stalls(model)
+        facts["onednn"] = "off" if self._stalls else "on"
+        with onednn.avoided(self._stalls):
+            facts["layout"], facts["layout_probe"] = faster_layout(model, self._dtype, metadata.preprocessing.size)
         self._layout = LAYOUTS[facts["layout"]]
         self._model: Network | None = in_layout(model, self._layout)
-        self._forward: Forward | None = self._ready(self._model)
+        self._forward: Forward | None = self._guarded(self._ready(self._model))
 
     @abc.abstractmethod
     def _ready(self, model: Network) -> Forward:
         """Return what answers a batch that lies on the device."""
+
+    def _guarded(self, forward: Forward) -> Forward:
+        if not self._stalls:
+            return forward
+
+        def answer(images: Tensor) -> tuple[Tensor, ...]:
+            with onednn.avoided(when=True):
+                return forward(images)
+
+        return answer
 
     def _run(self, images: Array) -> Arrays:
         with torch.inference_mode():

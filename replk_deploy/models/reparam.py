@@ -62,7 +62,7 @@ def fold_before(norm: nn.BatchNorm2d, kernel: Kernel) -> Kernel:
     """
     scale, shift = bn_affine(norm)
     matrix = kernel.weight.flatten(1)
-    if matrix.shape[1] != len(scale):
+    if kernel.weight.shape[1] != len(scale) or matrix.shape[1] != len(scale):
         raise ValueError(f"only a 1x1 map takes a norm before it; the weight is {tuple(kernel.weight.shape)}")
     return Kernel((matrix * scale).reshape(kernel.weight.shape), kernel.bias + matrix @ shift)
 

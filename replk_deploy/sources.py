@@ -1,0 +1,121 @@
+"""Which file a command means, and whether anything vouches for it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from replk_deploy import backends as runtimes
+from replk_deploy import graph, weights
+from replk_deploy.backends.base import Backend
+from replk_deploy.checkpoint import Loaded
+from replk_deploy.errors import IntegrityError, ReplkError, UnavailableError
+from replk_deploy.metadata import Metadata
+from replk_deploy.models.base import Network
+from replk_deploy.proof import Oracle
+from replk_deploy.workspace import Workspace
+
+FUSED = "fused.safetensors"
+
+
+def run_name(loaded: Loaded) -> str:
+    """Name the run of a checkpoint: its label and the first digits of its hash."""
+    words = "".join(c if c.isalnum() else "-" for c in loaded.label.lower())
+    origin = loaded.metadata.source_sha256 if loaded.metadata else loaded.sha256
+    return f"{'-'.join(filter(None, words.split('-')))}-{origin[:8]}"
+
+
+def run_or_file(artefact: Path | None, root: Path) -> tuple[Workspace | None, Path | None]:
+    """Return the run that is meant, or the file: without a path, the latest run.
+
+    Raises:
+        ReplkError: there is no such run or file.
+    """
+    if artefact is None:
+        return Workspace.latest(root), None
+    if artefact.is_dir():
+        return Workspace.open(artefact), None
+    if not artefact.is_file():
+        raise ReplkError(f"{artefact} does not exist", "name a run folder, a .onnx or a fused .safetensors file")
+    return None, artefact
+
+
+def check_kind(path: Path, kind: type[Backend]) -> None:
+    """Raise ReplkError when a backend starts from the other kind of file."""
+    wanted = ".onnx" if kind.takes == "onnx" else ".safetensors"
+    if path.suffix == wanted:
+        return
+    how = "replk export --onnx" if wanted == ".onnx" else "replk fuse CHECKPOINT"
+    file = "model.<precision>.onnx" if wanted == ".onnx" else FUSED
+    raise ReplkError(f"{kind.name} starts from {file}, not from {path.name}", f"make it with: {how}")
+
+
+def vouched(path: Path, *, allow_unverified: bool) -> Metadata | None:
+    """Return a file's metadata if a passing verdict speaks of exactly this content.
+
+    Raises:
+        IntegrityError: no passing verdict, or one that speaks of another content.
+    """
+    metadata = graph.header(path) if path.suffix == ".onnx" else weights.header(path)
+    if allow_unverified:
+        return metadata
+    verdict = metadata.verdict if metadata else None
+    if verdict is None or verdict.state != "pass":
+        state = f"is {verdict.state}" if verdict else "has no verdict"
+        raise IntegrityError(f"{path} {state}", "verify it, or time it all the same with --allow-unverified")
+    content = graph.content_hash(path) if path.suffix == ".onnx" else weights.content_hash(weights.read(path)[0])
+    if content != verdict.content:
+        raise IntegrityError(
+            f"{path} is not the file that its verdict speaks of", "export it again: replk export --onnx"
+        )
+    return metadata
+
+
+def open_fused(path: Path, *, prove: bool) -> tuple[Network, Metadata]:
+    """Open fused float32 weights of ours; to prove anything by them, a passing verdict must speak of them.
+
+    Raises:
+        ReplkError: they hold another precision.
+        IntegrityError: altered since their verdict, or `prove` and no passing verdict.
+    """
+    model, metadata = weights.read(path)
+    if metadata.precision != "fp32":
+        raise ReplkError(f"{path} holds {metadata.precision} weights", "export from the fp32 weights that fuse wrote")
+    verdict = metadata.verdict
+    if verdict and verdict.content != weights.content_hash(model):
+        raise IntegrityError(f"the weights of {path} are not those its verdict speaks of", "fuse the checkpoint again")
+    if prove and (verdict is None or verdict.state != "pass"):
+        raise IntegrityError(
+            f"{path} has no passing verdict, so nothing can be proved by it",
+            "fuse the checkpoint again without --no-verify, or export with --no-verify",
+        )
+    return model, metadata
+
+
+def oracle_of(run: Workspace | None, single: Path | None) -> Oracle | None:
+    """Return the float64 network that a run or file stands for, where one is at hand."""
+    if run is not None:
+        model, metadata = weights.read(run.take(FUSED))
+    elif single is not None and single.suffix == ".safetensors":
+        model, metadata = weights.read(single)
+    else:
+        return None
+    return Oracle(model, metadata.source_sha256)
+
+
+def present(backends: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the backends that can run here, and why the others cannot; those asked for by name must.
+
+    Raises:
+        UnavailableError: one that was asked for by name cannot run.
+    """
+    if backends:
+        for name in backends:
+            runtimes.find(name).probe()
+        return list(backends), {}
+    found, skipped = [], {}
+    for name in runtimes.BACKENDS:
+        try:
+            runtimes.find(name).probe()
+            found.append(name)
+        except UnavailableError as exc:
+            skipped[name] = str(exc)
+    return found, skipped
