@@ -82,6 +82,8 @@ def load(path: Path, *, source: Source = "model", head: str | None = None) -> Lo
         CheckpointError: damaged, foreign, incomplete, unsafe to read, or with impossible values.
     """
     if path.suffix == ".safetensors" and path.is_file() and path.stat().st_size and (metadata := weights.header(path)):
+        if source == "ema":
+            raise CheckpointError(f"{path} holds no averaged weights: replk wrote it", "leave out --weights ema")
         return _ours(path, metadata)
     contents = container.read(path, source=source)
     try:
@@ -160,7 +162,7 @@ def _ours(path: Path, metadata: Metadata) -> Loaded:
 
 def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
     integers = [n for n, t in tensors.items() if not t.is_floating_point() and not n.endswith("num_batches_tracked")]
-    broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
     negative = [n for n, t in tensors.items() if n.endswith("running_var") and (t < 0).any()]
     for names, what in (
         (integers, "not floating point"),

@@ -2,7 +2,8 @@
 
 Torch archives open with `weights_only`, which builds tensors and plain containers; training runs also
 store an `argparse.Namespace`, so that one class is allowed. MegEngine files are plain pickles of
-numpy arrays and open with an unpickler that knows nothing else. Any other name is refused.
+numpy arrays and open with an unpickler that knows nothing else, and not numpy either: it reads bytes,
+type and shape of each array itself. Any other name is refused.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import pickle
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +30,7 @@ WRAPPERS: dict[Source, tuple[str, ...]] = {
     "ema": ("model_ema", "state_dict_ema", "ema_state_dict"),
 }
 PREFIXES = ("module.", "_orig_mod.", "model.")
-NUMPY = {
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),
-}
+DEEPEST = 8  # wrappers in wrappers; a file can hold itself
 RESAVE = "load it where you trust it and save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
 AGAIN = "copy or download the file again, and compare its size with the original"
 
@@ -62,7 +55,7 @@ def read(path: Path, *, source: Source = "model") -> Contents:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file", "name a checkpoint: .pth, .pt, .pkl or .safetensors")
     with path.open("rb") as file:
-        head = file.read(8)
+        head = file.read(9)
     if not head:
         raise CheckpointError(f"{path} is empty (0 bytes)", AGAIN)
     if path.suffix == ".safetensors" or _looks_like_safetensors(head, path.stat().st_size):
@@ -72,13 +65,13 @@ def read(path: Path, *, source: Source = "model") -> Contents:
     if head[0] == pickle.PROTO[0]:
         return _unwrap(path, _pickle(path), source)
     raise CheckpointError(
-        f"{path} is not a checkpoint: it starts with {head!r}",
+        f"{path} is not a checkpoint: it starts with {head[:8]!r}",
         "name a file written by torch.save, MegEngine or safetensors",
     )
 
 
 def _looks_like_safetensors(head: bytes, size: int) -> bool:
-    return len(head) == 8 and 2 <= struct.unpack("<Q", head)[0] <= size - 8 and head[0] != pickle.PROTO[0]  # noqa: PLR2004
+    return head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -93,7 +86,7 @@ def _torch_zip(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as exc:
+    except Exception as exc:  # a damaged archive can fail in any way
         raise CheckpointError(f"{path} is cut short or damaged: it is a torch archive without its end", AGAIN) from exc
     if any(n.endswith("constants.pkl") for n in names):
         raise CheckpointError(f"{path} is a TorchScript program, which runs code", RESAVE)
@@ -102,10 +95,10 @@ def _torch_zip(path: Path) -> Any:
             f"{path} is a zip archive but not a torch checkpoint", "name a file written by torch.save"
         )
     with torch.serialization.safe_globals([argparse.Namespace]):
-        unsafe = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+        unsafe = sorted(_guarded(path, lambda: set(torch.serialization.get_unsafe_globals_in_checkpoint(path))))
         if unsafe:
             raise _refusal(path, unsafe)
-        return _weights_only(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return _guarded(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def _pickle(path: Path) -> Any:
@@ -117,28 +110,92 @@ def _pickle(path: Path) -> Any:
         raise _refusal(path, [exc.problem]) from exc
     except Exception as exc:  # a pickle can fail in any way
         raise CheckpointError(f"{path} is cut short or not a checkpoint: {exc}", AGAIN) from exc
-    if found == torch.serialization.MAGIC_NUMBER:
+    if isinstance(found, int) and found == torch.serialization.MAGIC_NUMBER:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return _weights_only(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
-    return _as_tensors(found)
+            return _guarded(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    return _guarded(path, lambda: _as_tensors(found))
 
 
-class _NumpyUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in NUMPY:
+class _Type:
+    """Stands in for numpy.dtype, which would believe whatever memory layout a file claims."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.native = np.dtype(code)
+        self.stored = self.native
+        if self.native.kind not in "fiub":
+            raise ValueError(f"arrays of {self.native}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.stored = self.native.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands in for numpy.ndarray: bytes, a type and a shape that must agree."""
+
+    def __init__(self, *_: object) -> None:
+        self.tensor: Tensor | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self._set(data, dtype, shape, "F" if fortran else "C")
+
+    def _set(self, data: bytes, dtype: _Type, shape: tuple[int, ...], order: Literal["C", "F"]) -> None:
+        array = np.frombuffer(data, dtype.stored).reshape(shape, order=order)
+        self.tensor = torch.from_numpy(array.astype(dtype.native, order="C"))
+
+
+class _Buffer(_Array):
+    def __init__(self, data: bytes, dtype: _Type, shape: tuple[int, ...], order: Literal["C", "F"]) -> None:
+        self._set(data, dtype, shape, order)
+
+
+class _Scalar(_Array):
+    def __init__(self, dtype: _Type, data: bytes) -> None:
+        self._set(data, dtype, (), "C")
+
+
+class _Latin1(bytes):
+    """Stands in for _codecs.encode, by which old pickles spell bytes."""
+
+    def __new__(cls, text: str, encoding: str) -> bytes:  # type: ignore[misc]  # plain bytes
+        if encoding != "latin1":
+            raise ValueError(f"bytes spelled in {encoding}")
+        return text.encode("latin1")
+
+    def __setstate__(self, state: object) -> None:  # without it, a file could set attributes of this class
+        raise ValueError(f"bytes with a state: {state}")
+
+
+STAND_INS: dict[tuple[str, str], type] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("numpy", "dtype"): _Type,
+    ("numpy", "ndarray"): _Array,
+    ("_codecs", "encode"): _Latin1,
+} | {
+    (f"numpy.{core}.{name}", function): stand_in
+    for core in ("core", "_core")
+    for name, function, stand_in in (
+        ("multiarray", "_reconstruct", _Array),
+        ("multiarray", "scalar", _Scalar),
+        ("numeric", "_frombuffer", _Buffer),
+    )
+}
+
+
+class _NumpyUnpickler(pickle._Unpickler):  # in Python: a damaged index must not allocate gigabytes
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) not in STAND_INS:
             raise CheckpointError(f"{module}.{name}", "")
-        return super().find_class(module, name)
+        return STAND_INS[module, name]
 
 
 def _as_tensors(found: Any) -> Any:
     if isinstance(found, Mapping):
         return {key: _as_tensors(value) for key, value in found.items()}
-    if isinstance(found, np.ndarray) and found.dtype.kind in "fiub":
-        return torch.from_numpy(np.ascontiguousarray(found))
-    return found
+    return found.tensor if isinstance(found, _Array) else found
 
 
-def _weights_only(path: Path, opened: Callable[[], Any]) -> Any:
+def _guarded(path: Path, opened: Callable[[], Any]) -> Any:
     try:
         return opened()
     except pickle.UnpicklingError as exc:
@@ -146,7 +203,7 @@ def _weights_only(path: Path, opened: Callable[[], Any]) -> Any:
         if named:
             raise _refusal(path, [named[1]]) from exc
         raise CheckpointError(f"{path} is not a checkpoint: {_first_line(exc)}", AGAIN) from exc
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as exc:
+    except Exception as exc:  # damaged bytes can fail in any way
         raise CheckpointError(f"{path} is cut short or damaged: {_first_line(exc)}", AGAIN) from exc
 
 
@@ -167,7 +224,7 @@ def _unwrap(path: Path, found: Any, source: Source) -> Contents:
     has_ema = any(isinstance(found.get(k), Mapping) for k in WRAPPERS["ema"])
     steps: list[str] = []
     keys = WRAPPERS[source]
-    while key := next((k for k in keys if isinstance(found.get(k), Mapping)), None):
+    while len(steps) < DEEPEST and (key := next((k for k in keys if isinstance(found.get(k), Mapping)), None)):
         beside += [str(k) for k in found if k != key]
         steps.append(key)
         found, keys = found[key], WRAPPERS["model"]
@@ -175,11 +232,12 @@ def _unwrap(path: Path, found: Any, source: Source) -> Contents:
         raise CheckpointError(
             f"{path} holds no averaged weights ({', '.join(WRAPPERS['ema'])})", "leave out --weights ema"
         )
-    other = [str(k) for k, v in found.items() if not isinstance(v, Tensor)]
+    other = [str(k) for k, v in found.items() if not isinstance(v, Tensor) or v.layout != torch.strided]
     if other or not found:
         shown = ", ".join(other[:8]) or "nothing"
         raise CheckpointError(
-            f"{path} does not hold named tensors under {' / '.join(steps) or 'its top level'}: {shown}", RESAVE
+            f"{path} does not hold named tensors under {' / '.join(steps) or 'its top level'}: {shown}",
+            "take its averaged weights: --weights ema" if has_ema and not steps else RESAVE,
         )
     tensors = {str(k): v for k, v in found.items()}
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), None):

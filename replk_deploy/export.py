@@ -200,7 +200,7 @@ def _name_after_modules(graph: ir.Graph, blocks: set[str]) -> None:
             s.removeprefix("network.")
             for s in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         ]
-        module = next((s for s in reversed(scopes[:-1]) if s and s != "network"), "")
+        module = next((s for s in reversed(scopes[:-1]) if s not in {"", "network"} and not s.startswith("_")), "")
         base = f"{module}/{node.op_type}" if module else node.op_type
         counts[base] = counts.get(base, 0) + 1
         node.name = base if counts[base] == 1 else f"{base}_{counts[base]}"

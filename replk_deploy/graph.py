@@ -60,15 +60,18 @@ def seal(path: Path, metadata: Metadata) -> None:
 def bfloat16_twin(path: Path, out: Path) -> None:
     """Write the float32 graph that computes what a bfloat16 graph computes, for runtimes without bfloat16.
 
-    Weights keep their rounded values, and every result that was bfloat16 is rounded to bfloat16 and
-    back. Sums inside one operator stay float32, as on hardware that accumulates in float32.
+    Weights keep their rounded values, and every input and result that was bfloat16 is rounded to
+    bfloat16 and back. Sums inside one operator stay float32, as on hardware that accumulates in float32.
     """
     model = ir.load(path)
     model.metadata_props.clear()  # a stand-in for the proof, no artefact
     graph = model.graph
+    nodes, rounded = list(graph), [value for value in graph.inputs if value.dtype == ir.DataType.BFLOAT16]
     for value in (*graph.initializers.values(), *graph.inputs):
         _widen(value)
-    for node in list(graph):
+    for value in rounded:
+        _round(graph, None, value)
+    for node in nodes:
         for value in node.outputs:
             if value.dtype == ir.DataType.BFLOAT16 and node.op_type != "Cast":
                 value.dtype = ir.DataType.FLOAT
@@ -88,12 +91,15 @@ def _widen(value: ir.Value) -> None:
     value.dtype = ir.DataType.FLOAT
 
 
-def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """Send everything that reads `value` through a cast to bfloat16 and back."""
+def _round(graph: ir.Graph, node: ir.Node | None, value: ir.Value) -> None:
+    """Send everything that reads `value`, which `node` or the caller gives, through a cast to bfloat16 and back."""
     down = ir.node("Cast", [value], attributes={"to": ir.DataType.BFLOAT16.value})
     up = ir.node("Cast", [down.outputs[0]], attributes={"to": ir.DataType.FLOAT.value})
     _replace(graph, value, up.outputs[0], keep={down})
-    graph.insert_after(node, [down, up])
+    if node is None:
+        graph.insert_before(graph[0], [down, up])
+    else:
+        graph.insert_after(node, [down, up])
 
 
 def _append_widening(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
+from zlib import error as ZlibError  # noqa: N812
 
 import numpy as np
 import numpy.typing as npt
@@ -88,10 +89,12 @@ def _arrays(path: Path) -> tuple[Pixels, npt.NDArray[np.int64]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as exc:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, ZlibError) as exc:
         raise ReplkError(f"{path} cannot be read as pictures: {exc}", EXPECTED) from exc
     if images.ndim == 3:  # noqa: PLR2004  # grey
         images = np.repeat(images[..., None], 3, axis=-1)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:  # noqa: PLR2004
         raise ReplkError(f"{path} holds images {images.dtype} {images.shape} and labels {labels.shape}", EXPECTED)
+    if labels.dtype.kind not in "iu":
+        raise ReplkError(f"{path} holds labels of type {labels.dtype}, not whole numbers", EXPECTED)
     return images, labels.astype(np.int64)

@@ -88,7 +88,7 @@ def inspect(loaded: Loaded, *, size: tuple[int, int] | None = None) -> Inspectio
 def taps_inside(length: int, kernel: int, stride: int, padding: int) -> int:
     """Count, over all outputs of one axis, the kernel taps that fall on the map of `length`."""
     starts = range(-padding, length + padding - kernel + 1, stride)
-    return sum(min(s + kernel, length) - max(s, 0) for s in starts)
+    return sum(max(0, min(s + kernel, length) - max(s, 0)) for s in starts)
 
 
 class _Cost(NamedTuple):

@@ -75,5 +75,5 @@ class Metadata:
             if "verdict" in found:
                 found["verdict"] = Verdict(**json.loads(found["verdict"]))
             return cls(**{k: v for k, v in found.items() if k in {f.name for f in dataclasses.fields(cls)}})
-        except (KeyError, TypeError, json.JSONDecodeError) as exc:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as exc:
             raise ValueError(f"its replk header is damaged: {exc}") from exc

@@ -190,8 +190,12 @@ def _fuse(
         stored = publish.restore(part, final.suffix, result.model)
         proof = None
         if prove and known is None:
-            size = size or loaded.preprocessing.size
-            proof = proving.prove_fusion(oracle, stored, level=level, size=size, progress=progress)
+            shown = size or loaded.preprocessing.size
+            proof = publish.proved(
+                "fuse",
+                lambda: proving.prove_fusion(oracle, stored, level=level, size=shown, progress=progress),
+            )
+            proof = dataclasses.replace(proof, doubt=_doubt(loaded))
         verdict = known or publish.judged(proof, weights.content_hash(stored), loaded.sha256)
         metadata = dataclasses.replace(metadata, verdict=verdict)
         if final.suffix == ".safetensors":
@@ -199,7 +203,7 @@ def _fuse(
         file = publish.place(part, final, verdict, run)
     fused = Fused(fusion=result, proof=proof, verdict=verdict, file=file, oracle=oracle, metadata=metadata)
     if run:
-        options = {"level": level, "size": size or loaded.preprocessing.size, "proved": prove}
+        options = _fuse_options(loaded, level, size or loaded.preprocessing.size, prove=prove)
         _enter(run, name, fused, made_from={loaded.file: loaded.sha256}, by="fuse", options=options)
     return fused
 
@@ -267,13 +271,21 @@ def _export(
             graph.seal(part, metadata)
             content = graph.content_hash(part)
             if prove:
-                proof = proving.prove_onnx(fused.oracle, folded, part, made, metadata=metadata, progress=progress)
+                written = made
+                proof = publish.proved(
+                    "export",
+                    lambda: proving.prove_onnx(
+                        fused.oracle, folded, part, written, metadata=metadata, progress=progress
+                    ),
+                )
         else:
             weights.write(part, proving.cast(folded, precision), metadata)
             stored, _ = weights.read(part)
             content = weights.content_hash(stored)
             if prove:
-                proof = proving.prove_weights(fused.oracle, stored, precision, size=size)
+                proof = publish.proved(
+                    "export", lambda: proving.prove_weights(fused.oracle, stored, precision, size=size)
+                )
         verdict = publish.judged(proof, content, fused.metadata.source_sha256)
         metadata = dataclasses.replace(metadata, verdict=verdict)
         if onnx:
@@ -407,7 +419,7 @@ def deploy(
         run=run.name,
         folder=run.folder,
         inspection=seen,
-        fuse=_result(run, FUSED),
+        fuse=_result(run, FUSED) if FUSED in reused else records.plain(fused),
         exports=tuple(exports),
         bench=records.plain(timed) if timed else None,
         accuracy=tuple(accuracy),
@@ -434,6 +446,11 @@ def _metadata(loaded: Loaded, model: Network) -> Metadata:
     )
 
 
+def _fuse_options(loaded: Loaded, level: Level, size: Size, *, prove: bool) -> Mapping[str, Any]:
+    """Return what decides a fused file; one checkpoint file may hold several sets of weights and heads."""
+    return {"level": level, "size": size, "proved": prove, "weights": weights.content_hash(loaded.model)}
+
+
 def _enter(
     run: Workspace,
     name: str,
@@ -443,11 +460,14 @@ def _enter(
     by: str,
     options: Mapping[str, Any],
 ) -> None:
-    """Write a step's record, then the manifest, then make the run the latest."""
+    """Write a step's record, then the manifest, then make the run the latest.
+
+    What a run held under the name of a rejected file stays: its own verdict still speaks of it.
+    """
     rejected = made.verdict.state == "rejected"
     files.write_text(run.path(f"{'rejected' if rejected else 'results'}/{name}.json"), records.to_json(made))
     if rejected:
-        run.forget(name)
+        run.save()
     else:
         run.record(name, made_from=made_from, by=by, options=options, verdict=made.verdict)
     run.make_latest()
@@ -455,15 +475,14 @@ def _enter(
 
 def _result(run: Workspace, name: str) -> Mapping[str, Any]:
     """Read back what a step of this run said."""
-    for place, kind in (("results", "fused" if name == FUSED else "exported"), ("rejected", "fused")):
-        path = run.path(f"{place}/{name}.json")
-        if path.is_file():
-            return records.read(path, kind, 1)
-    raise IntegrityError(f"{run.path('results')}/{name}.json is missing", f"make the run again: rm -r {run.folder}")
+    path = run.path(f"results/{name}.json")
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing", f"make the run again: rm -r {run.folder}")
+    return records.read(path, "fused" if name == FUSED else "exported", 1)
 
 
 def _resume_fuse(loaded: Loaded, run: Workspace, size: Size, reused: list[str], progress: Progress) -> Fused:
-    options = {"level": "full", "size": size, "proved": True}
+    options = _fuse_options(loaded, "full", size, prove=True)
     if not run.fresh(FUSED, {loaded.file: loaded.sha256}, options):
         return _fuse(loaded, run, size=size, progress=progress)
     reused.append(FUSED)

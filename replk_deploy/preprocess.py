@@ -39,8 +39,12 @@ class Preprocessing:
         height, width = self.size
         if self.resize == "warp":
             return np.asarray(picture.resize((width, height), pil.Resampling.BICUBIC))
-        scale = max(height / picture.height, width / picture.width) / self.crop_pct
-        wide, high = max(width, int(picture.width * scale)), max(height, int(picture.height * scale))
+        wide, high = int(width / self.crop_pct), int(height / self.crop_pct)  # one side is exact, the other follows
+        if wide * picture.height >= high * picture.width:
+            high = int(wide * picture.height / picture.width)
+        else:
+            wide = int(high * picture.width / picture.height)
+        wide, high = max(width, wide), max(height, high)
         if (wide, high) != picture.size:
             picture = picture.resize((wide, high), pil.Resampling.BICUBIC)
         left, top = round((wide - width) / 2), round((high - height) / 2)

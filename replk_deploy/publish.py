@@ -1,11 +1,13 @@
 """From a temporary file to its name: written, read back, proved, and only then called what it is."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from replk_deploy import files, weights
+from replk_deploy.errors import MismatchError
 from replk_deploy.metadata import Metadata, Verdict
 from replk_deploy.models.base import Network
 from replk_deploy.proof import Proof
@@ -27,6 +29,14 @@ def restore(part: Path, suffix: str, like: Network) -> Network:
     stored = type(like).empty(like.geometry, like.form)
     stored.load_state_dict(torch.load(part, weights_only=True), assign=True)
     return stored
+
+
+def proved(edge: str, prove: Callable[[], Proof]) -> Proof:
+    """Run a proof; a mismatch that ended it early becomes a rejection with its reason."""
+    try:
+        return prove()
+    except MismatchError as exc:
+        return Proof(edge=edge, agreements=(), modules={}, structure=(f"{exc.problem}: {exc.remedy}",), bisection=None)
 
 
 def judged(proof: Proof | None, content: str, reference: str) -> Verdict:

@@ -60,7 +60,7 @@ def read(path: Path, kind: str, newest: int) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         name, _, digits = str(record["schema"]).rpartition("/")
         number = int(digits)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise IntegrityError(f"{path} is not a record of replk", f"delete it and make it again: rm {path}") from exc
     if name != f"replk.{kind}":
         raise IntegrityError(f"{path} holds {name}, not replk.{kind}", "name the right file")

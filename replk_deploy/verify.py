@@ -6,7 +6,7 @@ not inside fails, so NaN fails.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from replk_deploy import onednn
 from replk_deploy.errors import ContractError, InconclusiveError, MismatchError
 from replk_deploy.metadata import State
 from replk_deploy.models.base import Network
-from replk_deploy.precision import FLOOR, TOLERANCES, Precision
+from replk_deploy.precision import FLOOR, TOLERANCES, Precision, algebra_gate
 from replk_deploy.preprocess import Preprocessing
 
 Array = npt.NDArray[Any]
@@ -99,7 +99,7 @@ class Agreement:
     @property
     def rel_l2(self) -> float:
         """Return the largest relative L2 error of an image."""
-        return max((r.rel_l2 for r in self.rows), default=math.inf)
+        return _worst([r.rel_l2 for r in self.rows])
 
     @property
     def flips(self) -> int:
@@ -160,6 +160,8 @@ def answer_of(model: Network, *, preprocessing: Preprocessing | None = None) -> 
         preprocessing: applied to uint8 images, as written there; None takes normalised images.
     """
     parameter, stalls = next(model.parameters()), onednn.stalls(model)
+    # measured in docs/benchmarks/layout.json: float64 is faster in planes, all else with channels last
+    layout = torch.contiguous_format if parameter.dtype == torch.float64 else torch.channels_last
 
     def answer(images: Array) -> dict[str, Array]:
         if preprocessing is not None:
@@ -168,7 +170,7 @@ def answer_of(model: Network, *, preprocessing: Preprocessing | None = None) -> 
         outs: list[tuple[Array, ...]] = []
         with torch.inference_mode(), onednn.avoided(stalls):
             for image in images:
-                batch = torch.from_numpy(np.ascontiguousarray(image[None])).to(parameter.dtype)
+                batch = torch.from_numpy(np.ascontiguousarray(image[None])).to(parameter.dtype, memory_format=layout)
                 outs.append(tuple(out.double().numpy() for out in model(batch)))
         columns = (np.concatenate(column) for column in zip(*outs, strict=True))
         return dict(zip(model.geometry.outputs, columns, strict=True))
@@ -211,7 +213,7 @@ def calibrate(
         MismatchError: PyTorch's own error at this precision is above the limit of the table.
     """
     row, own = TOLERANCES[precision], eager(probe.images)
-    errors = {name: max(_rel_l2(own[name], ref)) for name, ref in expected.items()}
+    errors = {name: _worst(_rel_l2(own[name], ref)) for name, ref in expected.items()}
     bad = {name: e for name, e in errors.items() if not e <= row.limit}
     if limit and bad:
         name, error = next(iter(bad.items()))
@@ -224,6 +226,12 @@ def calibrate(
         )
     bounds = {name: row.factor * max(e, FLOOR) for name, e in errors.items()}
     return Bound(rel_l2=bounds, eager=errors, why=f"{row.factor:g} x PyTorch {precision}")
+
+
+def algebra(fp32: Bound) -> Bound:
+    """Return the bound for exact algebra in float64, from how hard the network is for float32."""
+    gates = {name: algebra_gate(error) for name, error in fp32.eager.items()}
+    return Bound(rel_l2=gates, eager={}, why="float64 algebra")
 
 
 def fixed(expected: Mapping[str, Array], rel_l2: float, why: str) -> Bound:
@@ -261,7 +269,7 @@ def verify(
     """
     images = probe.images.copy()
     got = {key: np.array(out, np.float64) for key, out in candidate(images).items()}
-    _same_shapes(expected, got, name)
+    _same_shapes(expected, got, name, len(probe.names))
     if not np.array_equal(images, probe.images):
         raise ContractError(f"{name} changed its input")
     rows, undecidable = [], []
@@ -286,8 +294,12 @@ def verify(
 
 def signal(expected: Mapping[str, Array]) -> float:
     """Return how much two images differ in the answers, relative, for the output where it is least."""
-    gaps = [np.linalg.norm(out[0] - out[1]) / np.linalg.norm(out[0]) for out in expected.values() if len(out) > 1]
-    return float(min(gaps, default=math.nan))
+    gaps = [
+        _ratio(float(np.linalg.norm(out[0] - out[1])), float(np.linalg.norm(out[0])))
+        for out in expected.values()
+        if len(out) > 1
+    ]
+    return min(gaps, default=math.nan)
 
 
 def _judge(image: str, output: str, ref: Array, got: Array, limit: float) -> tuple[Row, bool]:
@@ -296,7 +308,7 @@ def _judge(image: str, output: str, ref: Array, got: Array, limit: float) -> tup
     rel_l2 = _ratio(float(np.linalg.norm(off)), float(np.linalg.norm(ref)))
     peak = _ratio(float(off.max()), scale)
     share = max(rel_l2 / limit, peak / (PEAK * limit))
-    if not math.isfinite(rel_l2) or not math.isfinite(peak):
+    if not all(map(math.isfinite, (rel_l2, peak, limit))):
         share = math.inf
     top1, close = "", False
     if ref.ndim == 1 and len(ref) > 1:
@@ -318,7 +330,7 @@ def _noise(candidate: Answer, got: Mapping[str, Array], probe: Probe, bound: Bou
     noise = 0.0
     for output, first in got.items():
         again = np.roll(np.asarray(moved[output], np.float64), -1, axis=0)
-        worst = max(_rel_l2(again, first))
+        worst = _worst(_rel_l2(again, first))
         if not worst <= bound.rel_l2[output] / 2:
             raise InconclusiveError(
                 f"{name}: {output} changes by {worst:.1e} when the batch is run again in another order, "
@@ -329,10 +341,14 @@ def _noise(candidate: Answer, got: Mapping[str, Array], probe: Probe, bound: Bou
     return noise
 
 
-def _same_shapes(expected: Mapping[str, Array], got: Mapping[str, Array], name: str) -> None:
+def _same_shapes(expected: Mapping[str, Array], got: Mapping[str, Array], name: str, images: int) -> None:
+    if not expected:
+        raise ContractError("the reference has no output")
     for output, ref in expected.items():
         if ref.size == 0 or not np.isfinite(ref).all():
             raise ContractError(f"the reference's {output} is empty or not finite")
+        if len(ref) != images:
+            raise ContractError(f"the reference's {output} has {len(ref)} rows for {images} images")
     wanted = {output: ref.shape for output, ref in expected.items()}
     shapes = {output: out.shape for output, out in got.items()}
     if wanted != shapes:
@@ -342,6 +358,11 @@ def _same_shapes(expected: Mapping[str, Array], got: Mapping[str, Array], name: 
 def _rel_l2(got: Array, ref: Array) -> list[float]:
     pairs = zip(got, ref, strict=True)
     return [_ratio(float(np.linalg.norm(g.astype(np.float64) - r)), float(np.linalg.norm(r))) for g, r in pairs]
+
+
+def _worst(errors: Sequence[float]) -> float:
+    """Return the largest error, NaN where there is one: `max` would keep or lose a NaN by its place."""
+    return float(np.max(errors)) if errors else math.inf
 
 
 def _ratio(part: float, whole: float) -> float:

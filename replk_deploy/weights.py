@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,8 +11,10 @@ from safetensors.torch import save_file
 from replk_deploy.errors import CheckpointError
 from replk_deploy.metadata import Metadata
 from replk_deploy.models import FAMILIES
-from replk_deploy.models.base import Network
+from replk_deploy.models.base import Form, Network
 from replk_deploy.precision import TOLERANCES
+
+AGAIN = "copy or export it again"
 
 
 def content_hash(model: Network) -> str:
@@ -39,7 +42,7 @@ def header(path: Path) -> Metadata | None:
         with safe_open(path, framework="pt") as file:
             return Metadata.from_strings(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as exc:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {exc}", "copy or export it again") from exc
+        raise CheckpointError(f"{path} is not a whole safetensors file: {exc}", AGAIN) from exc
 
 
 def read(path: Path) -> tuple[Network, Metadata]:
@@ -54,7 +57,12 @@ def read(path: Path) -> tuple[Network, Metadata]:
     family = FAMILIES[metadata.family]
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    model = family.empty(family.parse(metadata.geometry), metadata.form)
+    if metadata.precision not in TOLERANCES or metadata.form not in get_args(Form):
+        raise CheckpointError(f"{path} has a damaged header: {metadata.form}, {metadata.precision}", AGAIN)
+    try:
+        model = family.empty(family.parse(metadata.geometry), metadata.form)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as exc:
+        raise CheckpointError(f"{path} has a damaged header: geometry {metadata.geometry}", AGAIN) from exc
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if wanted != {name: tuple(t.shape) for name, t in tensors.items()}:
         raise CheckpointError(

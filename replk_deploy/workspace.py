@@ -157,17 +157,13 @@ class Workspace:
         )
         self._artefacts.pop(name, None)
         self._artefacts[name] = entry
-        manifest = Manifest(run=self.name, artefacts=self._artefacts)
-        files.write_text(self.folder / "manifest.json", records.to_json(manifest))
+        self.save()
         return entry
 
-    def forget(self, name: str) -> None:
-        """Drop an artefact and its entry."""
-        self._artefacts.pop(name, None)
-        self.path(name).unlink(missing_ok=True)
-        files.write_text(
-            self.folder / "manifest.json", records.to_json(Manifest(run=self.name, artefacts=self._artefacts))
-        )
+    def save(self) -> None:
+        """Write the manifest."""
+        manifest = Manifest(run=self.name, artefacts=self._artefacts)
+        files.write_text(self.folder / "manifest.json", records.to_json(manifest))
 
 
 def _entry(fields: dict[str, Any]) -> Entry:

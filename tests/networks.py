@@ -53,7 +53,7 @@ def training_args(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**(said | {"imagenet_default_mean_and_std": True} | changes))
 
 
-def save_as_trained(model: RepLKNet, path: Path, **args: object) -> Path:
+def save_as_trained(model: RepLKNet, path: Path, /, **args: object) -> Path:
     """Write a checkpoint with the keys of the reference training script."""
     torch.save(
         {"model": model.state_dict(), "optimizer": {}, "epoch": 299, "scaler": {}, "args": training_args(**args)}, path

@@ -312,10 +312,13 @@ class RepLKNet(Network):
         classes = _majority([shapes[k][0] for k in ("head.weight", "head.bias") if shapes.get(k)])
         normed = tuple(s for s in range(stages) if any(k.startswith(f"stages.{s}.norm.") for k in shapes))
         small = _majority(_sizes(shapes, r"stages\.\d+\.blocks\.\d+\.large_kernel\.small_conv\.conv\.weight", -1))
+        kernels = tuple(p["kernel"] for p in per_stage)
+        if any(size % 2 == 0 for size in (*kernels, small or 1)) or (small or 1) > min(kernels):
+            raise ValueError(f"kernels {kernels} and {small} have no common centre")
         geometry = RepLKGeometry(
             channels=tuple(p["channels"] for p in per_stage),
             depths=tuple(p["depth"] for p in per_stage),
-            kernels=tuple(p["kernel"] for p in per_stage),
+            kernels=kernels,
             small=small,
             dw_channels=tuple(p["dw"] for p in per_stage),
             ffn_channels=tuple(p["ffn"] for p in per_stage),
@@ -344,10 +347,12 @@ def _stage_shape(shapes: Shapes, stage: int) -> dict[str, int]:
         "kernel": _sizes(shapes, large, -1),
     }
     found = {name: _majority(sizes) for name, sizes in votes.items()}
-    unknown = [name for name, size in found.items() if size is None]
+    unknown = [name for name, size in found.items() if not size]
     if unknown:
         raise ValueError(f"no tensor of stage {stage} tells its {', '.join(unknown)}")
     last = max(int(m[1]) for k in shapes if (m := re.match(rf"stages\.{stage}\.blocks\.(\d+)\.", k)))
+    if last > len(shapes):
+        raise ValueError(f"stage {stage} has a block {last}, and the file only {len(shapes)} tensors")
     return {name: size for name, size in found.items() if size is not None} | {"depth": last // 2 + 1}
 
 

@@ -4,7 +4,7 @@ Every map is literal. What is not named here stays as it is, so that the fit can
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -84,12 +84,21 @@ def foreign(shapes: Shapes) -> str | None:
 
 
 def _from_mm(tensors: Tensors) -> Tensors:
-    renamed = {k.removeprefix("backbone."): v for k, v in tensors.items()}
+    renamed = _unique((k.removeprefix("backbone."), v) for k, v in tensors.items())
     if not any(k.startswith("head.fc.") for k in renamed):
         return renamed
     last = max((int(m[1]) for k in renamed if (m := re.match(r"stages\.(\d+)\.", k))), default=0)
     swaps = {f"stages.{last}.norm.": "norm.", "head.fc.": "head."}
-    return {_swap_prefix(k, swaps): v for k, v in renamed.items()}
+    return _unique((_swap_prefix(k, swaps), v) for k, v in renamed.items())
+
+
+def _unique(pairs: Iterable[tuple[str, Tensor]]) -> Tensors:
+    named: Tensors = {}
+    for name, tensor in pairs:
+        if name in named:
+            raise ValueError(f"two of its tensors are {name}, so one would be lost")
+        named[name] = tensor
+    return named
 
 
 def _swap_prefix(key: str, swaps: Mapping[str, str]) -> str:
@@ -142,11 +151,11 @@ def _choose_head(tensors: Tensors, wanted: str | None) -> tuple[Tensors, tuple[s
             f"it has {len(heads)} classifier heads; choose one with --head {heads[0]} (or {', '.join(heads[1:])})"
         )
     chosen = wanted or heads[0]
-    kept = {
-        _swap_prefix(k, {f"head.{chosen}.": "head."}): v
+    kept = _unique(
+        (_swap_prefix(k, {f"head.{chosen}.": "head."}), v)
         for k, v in tensors.items()
         if not _other_head(k, heads, chosen)
-    }
+    )
     return kept, tuple(k for k in tensors if _other_head(k, heads, chosen)), heads
 
 

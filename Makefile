@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-slow fmt figures benchmarks clean
+
+demo: $(STAMP)  ## take the trained demo checkpoint through the whole chain
+	$(BIN)/replk deploy models/digits.pth --data models/digits-test.npz --precision fp32 --precision fp16
+
+test: $(STAMP)  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(STAMP)  ## full-size checkpoints through the chain, many minutes
+	$(BIN)/python -m pytest -m slow
+
+fmt: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+figures: $(STAMP)  ## redraw the pictures of the documentation
+	$(BIN)/python docs/figures/fusion.py
+
+benchmarks: $(STAMP)  ## measure again what docs/benchmarks holds; needs a quiet machine
+	$(BIN)/python benchmarks/commands.py
+	$(BIN)/python benchmarks/layout.py
+	$(BIN)/python benchmarks/errors.py
+
+clean:
+	rm -rf .venv replk-out build dist *.egg-info
+
+# torch and whatever needs it must be resolved in one call under the constraints
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'replk needs Python 3.11 or newer: make PYTHON=python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,demo,docs,test]'
+	touch $(STAMP)

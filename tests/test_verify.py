@@ -1,0 +1,434 @@
+"""The gate: what is inside passes, and nothing else does."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from replk_deploy import verify
+from replk_deploy.errors import ContractError, Exit, InconclusiveError, MismatchError
+from replk_deploy.precision import FLOOR, PRECISIONS, TOLERANCES, Precision
+from replk_deploy.preprocess import IMAGENET, Preprocessing
+from replk_deploy.proof import cast
+from replk_deploy.verify import Agreement, Array, Bound, Probe
+from tests import networks
+
+LIMIT = 1e-3
+Answers = dict[str, Array]
+
+
+def probe(count: int = 4, *, size: int = 8) -> Probe:
+    return verify.normal((size, size), count=count, seed=count)
+
+
+def answer(images: Array, *, classes: int = 1000) -> Answers:
+    """Answer as a network would: every image its own way, the largest value clearly above the second."""
+    matrix = np.random.default_rng(0).standard_normal((classes, images[0].size))
+    logits = images.reshape(len(images), -1).astype(np.float64) @ matrix.T
+    logits[np.arange(len(images)), logits.argmax(1)] *= 1.5
+    return {"logits": logits}
+
+
+def judge(
+    candidate: Callable[[Array], Answers],
+    *,
+    images: Probe | None = None,
+    expected: Answers | None = None,
+    limit: float = LIMIT,
+    repeat: bool = False,
+) -> Agreement:
+    images = images or probe()
+    expected = expected if expected is not None else answer(images.images)
+    bound = verify.fixed(expected, limit, "a test")
+    return verify.verify(expected, candidate, images, bound=bound, name="it", precision="fp32", repeat=repeat)
+
+
+def changed(change: Callable[[Array], None]) -> Callable[[Array], Answers]:
+    """Return the honest answer after an edit in place."""
+
+    def candidate(images: Array) -> Answers:
+        outs = answer(images)
+        change(outs["logits"])
+        return outs
+
+    return candidate
+
+
+def scaled(share: float) -> Callable[[Array], Answers]:
+    """Return the honest answer, wrong in every element by the same relative amount."""
+    return lambda images: {"logits": answer(images)["logits"] * (1 + share * LIMIT)}
+
+
+def put(spot: object, value: float) -> Callable[[Array], Answers]:
+    def change(logits: Array) -> None:
+        logits[spot] = value
+
+    return changed(change)
+
+
+def test_the_right_answer_passes_and_reports_no_error() -> None:
+    agreement = judge(answer, repeat=True)
+    assert (agreement.passed, agreement.state, agreement.worst, agreement.rel_l2) == (True, "pass", 0, 0)
+    assert agreement.noise == 0
+    assert agreement.signal > 0.5
+    assert [r.image for r in agreement.rows] == list(probe().names)
+    assert {r.top1 for r in agreement.rows} == {"same"}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99, -0.99])
+def test_inside_the_bound_passes(share: float) -> None:
+    agreement = judge(scaled(share))
+    assert agreement.passed
+    assert agreement.worst == pytest.approx(abs(share), rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.01, -1.01, 50])
+def test_outside_the_bound_fails(share: float) -> None:
+    agreement = judge(scaled(share))
+    assert (agreement.passed, agreement.state) == (False, "rejected")
+    assert agreement.worst == pytest.approx(abs(share), rel=1e-6)
+    assert f"limit {LIMIT:.1e}" in agreement.sentence
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 3])
+def test_one_element_that_is_not_finite_fails(value: float, row: int) -> None:
+    agreement = judge(put((row, 17), value))
+    assert not agreement.passed
+    assert agreement.worst == math.inf
+    assert not math.isfinite(agreement.rel_l2), "a NaN in a later row must not hide behind a finite one"
+    assert agreement.flips == 1, "an answer with a NaN has no class"
+    assert agreement.sentence.startswith(f"normal {row}")
+
+
+def test_nothing_but_nan_fails() -> None:
+    assert not judge(lambda images: {"logits": np.full((len(images), 1000), math.nan)}).passed
+
+
+@pytest.mark.parametrize("bad", [0, 31, 63])
+def test_one_bad_row_of_64_is_not_diluted(bad: int) -> None:
+    def change(logits: Array) -> None:
+        logits[bad] *= 1 + 3 * LIMIT
+
+    images = probe(64)
+    agreement = judge(changed(change), images=images)
+    got, ref = changed(change)(images.images)["logits"], answer(images.images)["logits"]
+    assert np.linalg.norm(got - ref) / np.linalg.norm(ref) < LIMIT, "pooled over the batch it would pass"
+    assert [r.share > 1 for r in agreement.rows] == [index == bad for index in range(64)]
+    assert not agreement.passed
+
+
+def test_one_bad_class_of_1000_fails_by_its_peak() -> None:
+    def change(logits: Array) -> None:
+        logits[2, 7] += 6 * LIMIT * np.abs(logits[2]).max()
+
+    agreement = judge(changed(change))
+    row = agreement.rows[2]
+    assert row.rel_l2 < LIMIT, "relative L2 alone would pass"
+    assert row.share == pytest.approx(6 / verify.PEAK, rel=1e-6)
+    assert not agreement.passed
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1000), (8,), (8, 1), (8, 1000, 1), (1, 8, 1000), (8, 999), (7, 1000), (0, 1000), ()]
+)
+def test_other_shapes_are_refused_even_where_they_would_broadcast(shape: tuple[int, ...]) -> None:
+    images = probe(8)
+    with pytest.raises(MismatchError, match="it answers") as caught:
+        judge(lambda _images: {"logits": np.zeros(shape)}, images=images)
+    assert caught.value.code is Exit.MISMATCH
+
+
+@pytest.mark.parametrize("names", [["scores"], [], ["logits", "more"]])
+def test_other_output_names_are_refused(names: list[str]) -> None:
+    with pytest.raises(MismatchError, match="compare files of the same network"):
+        judge(lambda images: dict.fromkeys(names, answer(images)["logits"]))
+
+
+def test_every_output_is_judged() -> None:
+    def features(images: Array) -> Answers:
+        return {f"stage{i}": np.tanh(images[:, :, i:, :] * (i + 1)) for i in range(3)}
+
+    def wrong(images: Array) -> Answers:
+        outs = features(images)
+        return outs | {"stage2": outs["stage2"] * (1 + 2 * LIMIT)}
+
+    expected = features(probe().images)
+    assert judge(features, expected=expected).passed
+    agreement = judge(wrong, expected=expected)
+    assert {r.output for r in agreement.rows if r.share > 1} == {"stage2"}
+    assert "stage2" in agreement.sentence
+    assert {r.top1 for r in agreement.rows} == {""}, "a feature map has no class"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reference_that_is_not_finite_is_our_own_bug(value: float) -> None:
+    images = probe()
+    expected = put((1, 1), value)(images.images)
+    with pytest.raises(ContractError, match="not finite"):
+        judge(lambda _images: expected, images=images, expected=expected)
+
+
+def test_an_empty_reference_is_our_own_bug() -> None:
+    empty = {"logits": np.zeros((4, 0))}
+    with pytest.raises(ContractError, match="empty"):
+        judge(lambda _images: empty, expected=empty)
+
+
+def test_comparing_no_image_at_all_does_not_pass() -> None:
+    assert not dataclasses.replace(judge(answer), rows=()).passed
+    with pytest.raises(ContractError, match="no output"):
+        judge(lambda _images: {}, expected={})
+    images = probe(4)
+    unnamed = dataclasses.replace(images, names=images.names[:2])
+    with pytest.raises(ContractError, match="4 rows for 2 images"):
+        judge(put((3, 1), 1e9), images=unnamed)
+
+
+def test_a_candidate_that_edits_its_input_is_caught() -> None:
+    def candidate(images: Array) -> Answers:
+        outs = answer(images)
+        images[0, 0, 0, 0] += 1
+        return outs
+
+    images = probe()
+    before = images.images.copy()
+    with pytest.raises(ContractError, match="it changed its input"):
+        judge(candidate, images=images)
+    assert np.array_equal(images.images, before), "it must not spoil the images for the next candidate"
+
+
+def in_turn(*candidates: Callable[[Array], Answers]) -> Callable[[Array], Answers]:
+    """Return a candidate that answers as each of these, one run after the other."""
+    runs = iter(candidates)
+
+    def candidate(images: Array) -> Answers:
+        return next(runs)(images)
+
+    return candidate
+
+
+def test_a_candidate_that_answers_otherwise_the_second_time_is_inconclusive() -> None:
+    with pytest.raises(InconclusiveError, match="run again") as caught:
+        judge(in_turn(answer, scaled(0.6)), repeat=True)
+    assert caught.value.code is Exit.INCONCLUSIVE
+    agreement = judge(in_turn(answer, scaled(0.4)), repeat=True)
+    assert agreement.passed
+    assert agreement.noise == pytest.approx(0.4 * LIMIT, rel=1e-6)
+
+
+@pytest.mark.parametrize("row", [0, 2, 3])
+def test_a_nan_the_second_time_is_inconclusive_in_any_row(row: int) -> None:
+    with pytest.raises(InconclusiveError):
+        judge(in_turn(answer, put((row, 3), math.nan)), repeat=True)
+
+
+def test_a_candidate_that_keeps_its_buffer_is_judged_by_its_first_answer() -> None:
+    """A runtime that hands out the same memory twice must not turn the first answer into the second."""
+    buffer = np.zeros((4, 1000))
+
+    def candidate(images: Array) -> Answers:
+        buffer[:] = answer(images)["logits"]
+        return {"logits": buffer}
+
+    assert judge(candidate, repeat=True).passed
+
+
+@pytest.mark.parametrize("strength", [2.0, 0.9])
+def test_a_candidate_that_lets_the_first_row_leak_into_others_is_caught(strength: float) -> None:
+    """Strong leaks are outside the bound; weak ones show when the rows move."""
+
+    def change(logits: Array) -> None:
+        size = np.linalg.norm(logits, axis=1, keepdims=True)
+        logits += strength * LIMIT * size * logits[:1] / size[0]
+
+    candidate = changed(change)
+    if strength > 1:
+        assert not judge(candidate, repeat=True).passed
+    else:
+        assert judge(candidate).passed
+        with pytest.raises(InconclusiveError, match="rows of the batch mix"):
+            judge(candidate, repeat=True)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 3], [3, 0, 1, 2], [0, 0, 2, 3]])
+def test_rows_in_another_order_are_caught(order: list[int]) -> None:
+    agreement = judge(lambda images: {"logits": answer(images)["logits"][order]}, repeat=True)
+    assert [r.share > 1 for r in agreement.rows] == [i != o for i, o in enumerate(order)]
+
+
+def test_an_answer_that_ignores_the_images_is_caught() -> None:
+    constant = answer(probe().images)["logits"][0]
+    agreement = judge(lambda images: {"logits": np.tile(constant, (len(images), 1))})
+    assert [r.share > 1 for r in agreement.rows] == [False, True, True, True]
+
+
+def two_classes(margin: float) -> tuple[Probe, Answers]:
+    """Return one image whose two best classes are `margin` of the largest value apart."""
+    logits = np.array([[1.0, 1.0 - margin, -0.3, 0.2]])
+    return probe(1), {"logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("margin", "word"),
+    [(0.5 * LIMIT, "tie"), (7.9 * LIMIT, "tie"), (8.1 * LIMIT, "flip"), (0.5, "flip")],
+)
+def test_the_bound_alone_tells_a_tie_from_a_flip(margin: float, word: str) -> None:
+    """The excuse is 2 * 4 * bound, whatever the candidate's own error is: a bad one must not excuse itself."""
+    images, expected = two_classes(margin)
+    swapped = {"logits": expected["logits"][:, [1, 0, 2, 3]]}
+    agreement = judge(lambda _images: swapped, images=images, expected=expected)
+    assert [r.top1 for r in agreement.rows] == [word]
+    assert (agreement.flips, agreement.ties) == (int(word == "flip"), int(word == "tie"))
+    assert agreement.undecidable == float(word == "tie")
+    wrecked = {"logits": np.array([[0.0, 100.0, 0.0, 0.0]])}
+    agreement = judge(lambda _images: wrecked, images=images, expected=expected)
+    assert [r.top1 for r in agreement.rows] == [word]
+    assert not agreement.passed
+
+
+def test_a_tie_inside_the_bound_passes_and_is_listed() -> None:
+    images, expected = two_classes(0.2 * LIMIT)
+    swapped = {"logits": expected["logits"][:, [1, 0, 2, 3]]}
+    agreement = judge(lambda _images: swapped, images=images, expected=expected)
+    assert (agreement.passed, agreement.ties, agreement.flips) == (True, 1, 0)
+
+
+def test_a_flip_fails_even_where_no_other_rule_does() -> None:
+    agreement = judge(answer)
+    flipped = tuple(dataclasses.replace(r, top1="flip") if r is agreement.rows[0] else r for r in agreement.rows)
+    assert not dataclasses.replace(agreement, rows=flipped).passed
+
+
+def test_a_reference_of_zeros_takes_zeros_and_nothing_else() -> None:
+    images = probe()
+    expected = answer(images.images)
+    expected["logits"][0] = 0
+    assert judge(lambda _images: expected, images=images, expected=expected, repeat=False).passed
+    tiny = {"logits": expected["logits"].copy()}
+    tiny["logits"][0, 0] = 1e-300
+    agreement = judge(lambda _images: tiny, images=images, expected=expected)
+    assert not agreement.passed
+    assert agreement.worst == math.inf
+
+
+@pytest.mark.parametrize("answers", [np.zeros((2, 3)), np.ones((2, 3))])
+def test_answers_that_do_not_depend_on_the_image_have_no_signal(answers: Array) -> None:
+    assert not verify.signal({"logits": answers}) >= verify.SIGNAL
+    mixed = {"good": np.array([[1.0, 2], [2, 1]]), "dead": answers}
+    assert not verify.signal(mixed) >= verify.SIGNAL, "the weakest output decides"
+
+
+def test_a_doubt_makes_a_pass_provisional_and_excuses_nothing() -> None:
+    agreement = dataclasses.replace(judge(answer), doubt="only a twin was run")
+    assert (agreement.passed, agreement.state) == (True, "provisional")
+    assert dataclasses.replace(judge(scaled(2)), doubt="only a twin was run").state == "rejected"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_bound_is_what_the_precision_costs_here_times_a_factor(precision: Precision) -> None:
+    images, row = probe(), TOLERANCES[precision]
+    expected = answer(images.images)
+    own = row.limit / 2
+
+    def eager(batch: Array) -> Answers:
+        logits = answer(batch)["logits"]
+        logits[2] *= 1 + own  # the worst image sets e
+        return {"logits": logits}
+
+    bound = verify.calibrate(expected, eager, images, precision, limit=True)
+    assert bound.eager["logits"] == pytest.approx(own, rel=1e-6)
+    assert bound.rel_l2["logits"] == pytest.approx(row.factor * own, rel=1e-6)
+    exact = verify.calibrate(expected, answer, images, precision, limit=True)
+    assert exact.rel_l2["logits"] == row.factor * FLOOR
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize("kind", ["too far", "nan", "inf"])
+def test_a_network_that_does_not_survive_the_precision_is_refused(precision: Precision, row: int, kind: str) -> None:
+    images, limit = probe(), TOLERANCES[precision].limit
+    expected = answer(images.images)
+
+    def eager(batch: Array) -> Answers:
+        logits = answer(batch)["logits"]
+        logits[row] = {"too far": logits[row] * (1 + 1.1 * limit), "nan": math.nan, "inf": math.inf}[kind]
+        return {"logits": logits}
+
+    with pytest.raises(MismatchError, match=f"does not survive {precision}") as caught:
+        verify.calibrate(expected, eager, images, precision, limit=True)
+    assert ("--precision fp32" in caught.value.remedy) == (precision != "fp32")
+    bound = verify.calibrate(expected, eager, images, precision, limit=False)
+    if kind != "too far":
+        assert not judge_with(bound, expected, images).passed, "a bound that is not finite must not let all through"
+
+
+def judge_with(bound: Bound, expected: Answers, images: Probe) -> Agreement:
+    return verify.verify(
+        expected,
+        lambda _images: {"logits": -expected["logits"]},
+        images,
+        bound=bound,
+        name="it",
+        precision="fp16",
+        repeat=False,
+    )
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 3), (5, 3), (6, 3), (2, 2), (7, 1), (3, 8)])
+def test_a_fixed_batch_is_filled_up_and_cut_again(count: int, size: int) -> None:
+    seen: list[Array] = []
+
+    def fixed_batch(images: Array) -> Answers:
+        assert len(images) == size
+        seen.append(images)
+        return answer(images)
+
+    images = probe(count)
+    got = verify.any_batch(fixed_batch, size)(images.images)["logits"]
+    np.testing.assert_allclose(got, answer(images.images)["logits"], rtol=0, atol=1e-12)
+    assert len(seen) == math.ceil(count / size)
+    known = {image.tobytes() for image in images.images}
+    assert {image.tobytes() for chunk in seen for image in chunk} == known, "padding is made of the images themselves"
+
+
+def test_a_free_batch_is_left_as_it_is() -> None:
+    assert verify.any_batch(answer, None) is answer
+
+
+def test_probes_hold_unlike_images_and_a_name_for_each() -> None:
+    for made in (verify.normal((9, 5), count=3), verify.special((9, 5)), verify.pictures((9, 5), count=3)):
+        assert len(made.names) == len(set(made.names)) == len(made.images)
+        assert len({image.tobytes() for image in made.images}) == len(made.images)
+    images = dict(zip(verify.special((9, 5)).names, verify.special((9, 5)).images, strict=True))
+    assert not images["zeros"].any()
+    assert images["10 sigma"].std() > 5
+    spots = {"centre": (4, 2), "top left": (0, 0), "top right": (0, 4), "bottom left": (8, 0), "bottom right": (8, 4)}
+    for where, spot in spots.items():
+        assert set(zip(*np.nonzero(images[f"impulse {where}"])[1:], strict=True)) == {spot}
+    assert verify.pictures((9, 5)).images.dtype == np.uint8
+
+
+def test_a_network_answers_in_its_own_precision_and_each_image_alone() -> None:
+    model, images = networks.trained(), verify.normal((64, 64), count=3).images
+    exact = verify.answer_of(cast(model, torch.float64))(images)["logits"]
+    single = verify.answer_of(model)(images)["logits"]
+    assert exact.dtype == single.dtype == np.float64
+    assert 1e-8 < np.linalg.norm(single - exact) / np.linalg.norm(exact) < 1e-3
+    alone = np.concatenate([verify.answer_of(model)(images[i : i + 1])["logits"] for i in range(3)])
+    assert np.array_equal(single, alone)
+
+
+def test_bytes_are_normalised_in_float64_by_the_stated_constants() -> None:
+    model = cast(networks.trained(), torch.float64)
+    mean, std = IMAGENET
+    said = Preprocessing(size=(64, 48), mean=mean, std=std, resize="crop", crop_pct=0.875, said_by="default")
+    raw = verify.pictures((64, 48)).images
+    planes = [(raw[..., c].astype(np.float64) / 255 - mean[c]) / std[c] for c in range(3)]
+    with torch.inference_mode():
+        (wanted,) = model(torch.from_numpy(np.stack(planes, axis=1)))
+    got = verify.answer_of(model, preprocessing=said)(raw)["logits"]
+    assert np.linalg.norm(got - wanted.numpy()) / np.linalg.norm(wanted.numpy()) < 1e-13
