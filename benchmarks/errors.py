@@ -2,7 +2,7 @@
 
 python benchmarks/errors.py [VARIANT ...]     writes docs/benchmarks/errors.json and docs/errors.md
 
-Each variant is a checkpoint in the training layout with random weights and BatchNorm statistics that
+Variants that are not named keep their rows. Each variant is a checkpoint in the training layout with random weights and BatchNorm statistics that
 fit the activations and are then disturbed; it goes through `replk deploy` at its own size in float32,
 float16 and bfloat16.
 """
@@ -73,9 +73,9 @@ def page(record: dict[str, Any]) -> str:
         ),
         "Made by `python benchmarks/errors.py` from [errors.json](benchmarks/errors.json).",
     ]
-    for variant, rows in record["rows"].items():
+    for variant in (v for v in VARIANTS if v in record["variants"]):
         lines = [head]
-        for r in rows:
+        for r in record["variants"][variant]["rows"]:
             eager = f"{r['eager']:.1e}" if r["eager"] else ""
             numbers = f"{r['rel_l2']:.1e} | {eager} | {r['limit']:.1e} | {r['worst']:.2f}"
             lines.append(f"| {r['file']} | {r['state']} | {numbers} | {r['verdict']} |")
@@ -91,13 +91,16 @@ def main() -> None:
     variants = parser.parse_args().variants
     record: dict[str, Any] = {
         "schema": "replk.benchmark-errors/1",
-        "command": f"python benchmarks/errors.py {' '.join(variants)}",
-        "environment": machine.environment(),
-        "rows": {variant: deploy(variant) for variant in variants},
+        "command": "python benchmarks/errors.py",
+        "variants": {},
     }
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    PAGE.write_text(page(record))
+    if RECORD.exists():
+        record = json.loads(RECORD.read_text())
+    for variant in variants:
+        record["variants"][variant] = {"rows": deploy(variant), "environment": machine.environment()}
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        PAGE.write_text(page(record))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Loaded:
         wrapper: the way from the file's top level to the tensors, `bare` when there was none.
         layout: whose names the tensors had.
         ignored: tensors and entries that are no part of the network.
+        selected: what was chosen of several weights or heads, empty when there was no choice to make.
         metadata: the header, when the file is one of ours.
     """
 
@@ -48,6 +49,7 @@ class Loaded:
     wrapper: str
     layout: str
     ignored: tuple[str, ...]
+    selected: str
     warnings: tuple[str, ...]
     preprocessing: Preprocessing
 
@@ -124,6 +126,7 @@ def load(path: Path, *, source: Source = "model", head: str | None = None) -> Lo
         wrapper=contents.wrapper,
         layout=layout,
         ignored=(*contents.beside, *ignored),
+        selected="-".join(filter(None, ("ema" if source == "ema" else "", head))),
         warnings=tuple(doubts),
         preprocessing=from_args(contents.args, geometry.label),
     )
@@ -155,6 +158,7 @@ def _ours(path: Path, metadata: Metadata) -> Loaded:
         wrapper="replk",
         layout="reference",
         ignored=(),
+        selected="",
         warnings=(),
         preprocessing=metadata.preprocessing,
     )

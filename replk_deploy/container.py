@@ -86,8 +86,11 @@ def _torch_zip(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            damaged = archive.testzip()
     except Exception as exc:  # a damaged archive can fail in any way
         raise CheckpointError(f"{path} is cut short or damaged: it is a torch archive without its end", AGAIN) from exc
+    if damaged:
+        raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} is wrong", AGAIN)
     if any(n.endswith("constants.pkl") for n in names):
         raise CheckpointError(f"{path} is a TorchScript program, which runs code", RESAVE)
     if not any(n.endswith("data.pkl") for n in names):

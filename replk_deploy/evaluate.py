@@ -60,7 +60,8 @@ def evaluate(
     said, right = [], 0
     for pixels, labels in pictures.batches(BATCH, preprocessing):
         outputs: Mapping[str, npt.NDArray[np.float64]] = answer(pixels if uint8 else preprocessing.normalise(pixels))
-        classes = outputs["logits"].argmax(axis=1)
+        logits = outputs["logits"]
+        classes = np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)  # NaN is no class
         said.append(classes)
         right += int((classes == labels).sum())
         progress(f"accuracy of {step}", sum(map(len, said)), len(pictures.labels))

@@ -64,7 +64,7 @@ def read(path: Path, *, classes: int | None) -> Pictures:
         ReplkError: nothing there, wrong shapes, or labels that the network does not have.
     """
     if path.is_dir():
-        folders = sorted(p for p in path.iterdir() if p.is_dir())
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         pairs = [(f, i) for i, d in enumerate(folders) for f in sorted(d.iterdir()) if f.suffix.lower() in SUFFIXES]
         found = Pictures(
             source=path,
@@ -87,7 +87,7 @@ def read(path: Path, *, classes: int | None) -> Pictures:
 
 def _arrays(path: Path) -> tuple[Pixels, npt.NDArray[np.int64]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, ZlibError) as exc:
         raise ReplkError(f"{path} cannot be read as pictures: {exc}", EXPECTED) from exc

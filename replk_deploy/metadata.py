@@ -26,7 +26,7 @@ class Verdict:
     Attributes:
         state: only `pass` lets an artefact be timed or stand in for its source.
         content: SHA-256 of the weights, or of graph and weights, that were judged.
-        reference: SHA-256 of the checkpoint it was judged against.
+        reference: SHA-256 of the file it was judged against.
         worst: largest share of the allowance that was used; above 1 is a rejection.
         why: one sentence.
     """

@@ -106,7 +106,10 @@ class Exported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benched:
-    """Latencies, and how far each timed backend was from the float64 network just before."""
+    """Latencies, and how far each timed backend was from the float64 network just before.
+
+    `unverified` names the backends whose artefact no passing verdict speaks of.
+    """
 
     KIND: ClassVar[str] = "benched"
     FORMAT: ClassVar[int] = 1
@@ -115,6 +118,7 @@ class Benched:
     agreements: Mapping[str, Agreement]
     artefacts: Mapping[str, str]
     skipped: Mapping[str, str]
+    unverified: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +186,7 @@ def _fuse(
     if final.suffix not in {".safetensors", ".pth"}:
         raise ReplkError(f"{final} has no known ending", "end it in .safetensors, or .pth for the reference code")
     oracle = Oracle(loaded.model, loaded.sha256)
-    metadata = _metadata(loaded, result.model)
+    metadata = _metadata(loaded, result.model, size)
     known = metadata.verdict if loaded.metadata and not result.changed else None
     with files.staged(final) as part:
         dtype = next(loaded.model.parameters()).dtype if known else torch.float32
@@ -190,7 +194,7 @@ def _fuse(
         stored = publish.restore(part, final.suffix, result.model)
         proof = None
         if prove and known is None:
-            shown = size or loaded.preprocessing.size
+            shown = metadata.preprocessing.size
             proof = publish.proved(
                 "fuse",
                 lambda: proving.prove_fusion(oracle, stored, level=level, size=shown, progress=progress),
@@ -213,6 +217,8 @@ def export(
     *,
     onnx: bool = True,
     output: Path | None = None,
+    source: Source = "model",
+    head: str | None = None,
     precision: Precision = "fp32",
     size: Size | None = None,
     batch: Batch = DYNAMIC,
@@ -222,7 +228,13 @@ def export(
     progress: Progress = silent,
 ) -> Exported:
     """Export fused weights, or a checkpoint after fusing it, as ONNX or as cast weights."""
-    fused, run = _fused_source(artefact, output, prove=prove, root=root, progress=progress)
+    if artefact is None or artefact.is_dir():
+        latest = Workspace.latest(root) if artefact is None else Workspace.open(artefact)
+        run: Workspace | None = latest
+        fused = _open_fused(latest.take(FUSED), prove=prove)
+    else:
+        loaded = _load_either(artefact, source, head)
+        fused, run = _fused_source(loaded, output, prove=prove, root=root, progress=progress)
     return _export(
         fused,
         run,
@@ -260,7 +272,7 @@ def _export(
         raise ReplkError(f"{final} has no known ending", f"end it in {Path(name).suffix}")
     metadata = dataclasses.replace(fused.metadata, form=folded.form, precision=precision, verdict=None)
     if size != metadata.preprocessing.size:
-        preprocessing = dataclasses.replace(metadata.preprocessing, size=size, said_by="default")
+        preprocessing = dataclasses.replace(metadata.preprocessing, size=size, said_by="user")
         metadata = dataclasses.replace(metadata, preprocessing=preprocessing)
     made, proof = None, None
     with files.staged(final) as part:
@@ -286,7 +298,7 @@ def _export(
                 proof = publish.proved(
                     "export", lambda: proving.prove_weights(fused.oracle, stored, precision, size=size)
                 )
-        verdict = publish.judged(proof, content, fused.metadata.source_sha256)
+        verdict = publish.judged(proof, content, fused.oracle.sha256)
         metadata = dataclasses.replace(metadata, verdict=verdict)
         if onnx:
             graph.seal(part, metadata)
@@ -301,18 +313,26 @@ def _export(
 
 
 def verify(
-    reference: Path, candidate: Path, *, source: Source = "model", size: Size | None = None, progress: Progress = silent
+    reference: Path,
+    candidate: Path,
+    *,
+    source: Source = "model",
+    head: str | None = None,
+    size: Size | None = None,
+    progress: Progress = silent,
 ) -> Proof:
     """Judge one file by another: checkpoints, fused weights and ONNX files in any pair."""
     if reference.suffix == ".onnx" and candidate.suffix != ".onnx":
         reference, candidate = candidate, reference  # the question is symmetric, and only weights have a float64 answer
+    if size and candidate.suffix == ".onnx":
+        raise ReplkError(f"{candidate} has its own size", "leave out --size")
     if reference.suffix == ".onnx":
         return proving.prove_graphs(reference, candidate, progress=progress)
-    loaded = checkpoints.load(reference, source=source)
+    loaded = _load_either(reference, source, head)
     doubt = _doubt(loaded)
     if candidate.suffix == ".onnx":
         return proving.prove_file(Oracle(loaded.model, loaded.sha256), candidate, doubt=doubt, progress=progress)
-    other = checkpoints.load(candidate, source=source)
+    other = _load_either(candidate, source, head)
     size = size or loaded.preprocessing.size
     return proving.prove_pair(Oracle(loaded.model, loaded.sha256), other, size=size, doubt=doubt, progress=progress)
 
@@ -330,6 +350,7 @@ def bench(
     progress: Progress = silent,
 ) -> Benched:
     """Time an artefact on runtimes, each verified just before; a run's missing files are built first."""
+    _demand_batches(batches)
     kinds = {name: runtimes.find(name) for name in backends}
     for kind in kinds.values():
         kind.probe()
@@ -338,11 +359,13 @@ def bench(
         for kind in kinds.values():
             sources.check_kind(single, kind)
     oracle = sources.oracle_of(run, single)
-    contestants, agreements, artefacts = [], {}, {}
+    contestants, agreements, artefacts, unverified = [], {}, {}, []
     with contextlib.ExitStack() as opened:
         for name, kind in kinds.items():
             path = single or _needed(run, kind, precision, progress, any_verdict=allow_unverified)
             metadata = sources.vouched(path, allow_unverified=allow_unverified)
+            if allow_unverified and not sources.sound(path):
+                unverified.append(name)
             start = time.perf_counter()
             backend = opened.enter_context(kind(path))
             load_s = time.perf_counter() - start
@@ -354,9 +377,19 @@ def bench(
                     raise MismatchError(f"{name} answers wrongly: {agreements[name].sentence}", "do not deploy it")
             for count in batches:
                 rounds = [proving.probe_for(backend, metadata, count=count, seed=n).images for n in range(ROTATE)]
-                contestants.append(benching.enter(backend, rounds, load_s=load_s))
+                entered = benching.enter(backend, rounds, load_s=load_s)
+                facts = {
+                    **entered.facts,
+                    "artefact": path.name,
+                    "verdict": "unverified" if name in unverified else "pass",
+                }
+                if name in agreements:
+                    facts["error"] = agreements[name].sentence
+                contestants.append(dataclasses.replace(entered, facts=facts))
         result = benching.measure(contestants, max_seconds=max_seconds, percentiles=percentiles, progress=progress)
-    benched = Benched(bench=result, agreements=agreements, artefacts=artefacts, skipped={})
+    benched = Benched(
+        bench=result, agreements=agreements, artefacts=artefacts, skipped={}, unverified=tuple(unverified)
+    )
     if run:
         files.write_text(run.path("results/bench.json"), records.to_json(benched.bench))
     return benched
@@ -382,6 +415,7 @@ def deploy(
 
     Stops at the first step that is not equivalent; the report says which.
     """
+    _demand_batches(batches)
     loaded = checkpoints.load(path, source=source, head=head)
     seen = inspection.inspect(loaded, size=size)
     run = Workspace(root / sources.run_name(loaded))
@@ -411,7 +445,9 @@ def deploy(
             backends=chosen,
             batches=batches,
             max_seconds=max_seconds,
-            precision=precisions[0],
+            precision=next(
+                (p for p, e in zip(precisions, exports, strict=True) if e["verdict"]["state"] == "pass"), "fp32"
+            ),
             progress=progress,
         )
         timed = dataclasses.replace(timed, skipped=skipped)
@@ -431,15 +467,21 @@ def deploy(
     return done
 
 
-def _metadata(loaded: Loaded, model: Network) -> Metadata:
-    known = loaded.metadata
+def _demand_batches(batches: Sequence[int]) -> None:
+    wrong = [count for count in batches if count < 1]
+    if wrong:
+        raise ReplkError(f"a batch of {wrong[0]} images cannot be timed", "give 1 or more")
+
+
+def _metadata(loaded: Loaded, model: Network, size: Size | None) -> Metadata:
+    known, rules = loaded.metadata, loaded.preprocessing
     return Metadata(
         family=loaded.family,
         form=model.form,
         geometry=model.describe(),
         label=loaded.label,
         precision=known.precision if known else "fp32",
-        preprocessing=loaded.preprocessing,
+        preprocessing=rules if size in {None, rules.size} else dataclasses.replace(rules, size=size, said_by="user"),
         source_sha256=known.source_sha256 if known else loaded.sha256,
         source_name=known.source_name if known else loaded.file,
         verdict=known.verdict if known else None,
@@ -495,21 +537,17 @@ def _open_fused(path: Path, *, prove: bool) -> Fused:
     model, metadata = sources.open_fused(path, prove=prove)
     verdict = metadata.verdict or publish.judged(None, "", "")
     fusion = Fusion(model=model, level="full", merged=(), folded=(), left=fusing.batch_norms(model))
-    oracle = Oracle(model, metadata.source_sha256)
+    oracle = Oracle(model, files.sha256(path))
     return Fused(fusion=fusion, proof=None, verdict=verdict, file=path, oracle=oracle, metadata=metadata)
 
 
 def _fused_source(
-    artefact: Path | None, output: Path | None, *, prove: bool, root: Path, progress: Progress
+    loaded: Loaded, output: Path | None, *, prove: bool, root: Path, progress: Progress
 ) -> tuple[Fused, Workspace | None]:
-    """Find the fused weights to export: the latest run's, a run's, a file's, or a checkpoint's after fusing it."""
-    if artefact is None or artefact.is_dir():
-        run = Workspace.latest(root) if artefact is None else Workspace.open(artefact)
-        return _open_fused(run.take(FUSED), prove=prove), run
-    loaded = checkpoints.load(artefact)
+    """Return the fused weights of a file, fused first where they are not; a run only where one is concerned."""
     run = Workspace(root / sources.run_name(loaded))
     if loaded.metadata and loaded.form == "folded":
-        return _open_fused(artefact, prove=prove), run if artefact.parent == run.folder else None
+        return _open_fused(loaded.path, prove=prove), run if loaded.path.parent == run.folder else None
     if output is None:
         return _fuse(loaded, run, prove=prove, progress=progress), run
     beside = output.with_name(f"{output.stem}.fused.safetensors")
@@ -566,6 +604,16 @@ def _accuracies(
                 )
             )
     return found
+
+
+def _load_either(path: Path, source: Source, head: str | None) -> Loaded:
+    """Open a training checkpoint at `source`, or a file of ours, which holds one set of weights."""
+    ours = path.suffix == ".safetensors" and path.is_file() and path.stat().st_size and weights.header(path)
+    return checkpoints.load(path) if ours else checkpoints.load(path, source=source, head=head)
+
+
+def _passed(step: Mapping[str, Any]) -> bool:
+    return bool(step["verdict"]["state"] == "pass")
 
 
 def _doubt(loaded: Loaded) -> str:

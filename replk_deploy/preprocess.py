@@ -29,7 +29,7 @@ class Preprocessing:
     std: tuple[float, float, float]
     resize: Literal["warp", "crop"]
     crop_pct: float
-    said_by: Literal["checkpoint", "default"]
+    said_by: Literal["checkpoint", "default", "user"]
 
     def pixels(self, picture: "Image") -> Pixels:
         """Resize and crop a picture to [H, W, 3] uint8, bicubic."""

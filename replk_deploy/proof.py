@@ -168,8 +168,8 @@ def prove_fusion(
     if proof.state == "rejected" and not proof.structure:
         in_checkpoint = all(a.passed for a in agreements[:2]) and not all(a.passed for a in agreements)
         base, candidate = (trained, fused) if in_checkpoint else (twin, fused_twin)
-        eager = None
-        if in_checkpoint and all(a.passed for a in agreements[:-1]):  # the fusion is right, its file is not
+        eager, fusion_right = None, all(a.passed for a in agreements if a.precision == "fp64")
+        if in_checkpoint and fusion_right:  # its file is wrong
             candidate, eager = stored, bisection.blocks_of(cast(trained, torch.float32))
         images = torch.from_numpy(special.images[:2]).double()
         proof = _with(proof, bisection.bisect(base, bisection.blocks_of(candidate), images, eager=eager))
@@ -281,11 +281,12 @@ def prove_pair(
     precision = other.metadata.precision if other.metadata else "fp32"
     eager = answer_of(cast(fuse(oracle.model).model, precision))
     agreements = []
-    probes = {"special images, 64x64": verify.special((SMALL, SMALL)), f"{size[0]}x{size[1]}": verify.normal(size)}
+    natural = verify.normal(size)
+    probes = {"special images, 64x64": verify.special((SMALL, SMALL)), f"{size[0]}x{size[1]}": natural}
     for done, (name, probe) in enumerate(probes.items()):
         progress("verify", done, len(probes))
         expected = oracle.answers(probe)
-        bound = verify.calibrate(expected, eager, probe, precision, limit=True)
+        bound = verify.calibrate(expected, eager, probe, precision, limit=probe is natural)
         agreements.append(
             verify.verify(
                 expected, answer_of(other.model), probe, bound=bound, name=name, precision=precision, repeat=False
@@ -315,7 +316,10 @@ def prove_graphs(reference: Path, candidate: Path, *, progress: Progress = silen
         row = TOLERANCES[precision]
         bound = verify.fixed(expected, row.factor * row.typical, f"{row.factor:g} x the usual {precision} error")
         answer = verify.any_batch(second.run, second.input.shape[0])
-        agreement = verify.verify(expected, answer, probe, bound=bound, name="graphs", precision=precision, doubt=doubt)
+        agreement = dataclasses.replace(
+            verify.verify(expected, answer, probe, bound=bound, name="graphs", precision=precision, doubt=doubt),
+            against="the reference graph",
+        )
     progress("verify", 1, 1)
     return Proof(edge="verify", agreements=(agreement,), modules={}, structure=(), bisection=None, doubt=doubt)
 
@@ -432,7 +436,8 @@ def _onnx_blocks(path: Path, reference: Network, folder: Path, precision: Precis
         part = folder / "block.onnx"
         onnx.save(extractor.extract_model([source], [result]), part)
         with OrtCpu(part) as backend:
-            (out,) = backend.run(x.numpy().astype(np.float32)).values()
+            run = verify.any_batch(backend.run, backend.input.shape[0])
+            (out,) = run(x.numpy().astype(np.float32)).values()
         return torch.from_numpy(out)
 
     return answer
@@ -451,7 +456,7 @@ def _demand_signal(agreement: Agreement, demanded: bool) -> None:  # noqa: FBT00
 
 
 def cast(model: Network, to: torch.dtype | Precision) -> Network:
-    """Return a copy of a network in another floating type."""
+    """Return a network in another floating type; tensors that have it already are shared, never change them."""
     dtype = to if isinstance(to, torch.dtype) else TOLERANCES[to].torch_dtype
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
     copy = type(model).empty(model.geometry, model.form)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from replk_deploy import files, records
 from replk_deploy.errors import ReplkError
@@ -21,8 +21,18 @@ from replk_deploy.progress import Progress as Listener
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
-WORDS = {"pass": "PASS", "provisional": "PASS (provisional)", "unverified": "UNVERIFIED", "rejected": "FAIL"}
-COLOURS = {"pass": "green", "provisional": "yellow", "unverified": "yellow", "rejected": "red"}
+WORDS = {"pass": "PASS", "provisional": "PASS (provisional)", "unverified": "UNVERIFIED", "rejected": "FAIL"} | {
+    "inconclusive": "INCONCLUSIVE",
+    "error": "ERROR",
+}
+COLOURS = {
+    "pass": "green",
+    "provisional": "yellow",
+    "unverified": "yellow",
+    "rejected": "red",
+    "inconclusive": "yellow",
+    "error": "red",
+}
 
 
 @contextmanager
@@ -142,7 +152,8 @@ def latency(found: Any) -> None:
     """Print one row a backend and batch, medians with their intervals."""
     table = Table("backend", "batch", "p50 ms", "p90 ms", "p99 ms", "ratio", title="latency", title_justify="left")
     for row in found.bench.rows:
-        ratio = _quantile(row.ratio.median, 2) if row.ratio else "baseline"
+        alone = "baseline" if row.backend == found.bench.baseline else "–"
+        ratio = _quantile(row.ratio.median, 2) if row.ratio else alone
         table.add_row(
             row.backend,
             str(row.batch),
@@ -197,12 +208,12 @@ def selftest(found: Any) -> None:
         caught = escape(row.caught_by) if row.caught else "[red]MISSED[/]"
         table.add_row(escape(row.bug), f"{row.rel_l2:.1e}", caught)
     out.print(table)
-    out.print(f"{found.clean} correct fusions and exports: {found.false_alarms} false alarms")
+    out.print(f"{found.clean} correct fusions: {found.false_alarms} false alarms")
 
 
 def pairs(facts: dict[str, str]) -> None:
     """Print names and values, one a line."""
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
         table.add_row(f"[dim]{name}[/]", escape(value))
     out.print(table)

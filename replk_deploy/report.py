@@ -63,7 +63,7 @@ def _accuracy(steps: Sequence[Record]) -> str:
 
 
 def _latency(benched: Record) -> str:
-    rows = []
+    rows, baseline = [], benched["bench"]["baseline"]
     for row in benched["bench"]["rows"]:
         p99 = row["p99_ms"]
         ratio = row["ratio"]
@@ -75,7 +75,7 @@ def _latency(benched: Record) -> str:
                 _interval(row["p50_ms"]),
                 _interval(row["p90_ms"]) if row["p90_ms"] else row["missing"]["p90_ms"],
                 _interval(p99) if p99 else row["missing"]["p99_ms"],
-                _interval(ratio["median"], digits=2) if ratio else "baseline",
+                _interval(ratio["median"], digits=2) if ratio else ("baseline" if row["backend"] == baseline else "–"),
                 str(row["n"]),
             )
         )
@@ -89,7 +89,7 @@ def _latency(benched: Record) -> str:
 
 
 def _machine(environment: Record) -> str:
-    wanted = ("cpu", "cores", "torch", "onnxruntime", "python")
+    wanted = ("cpu", "cores_physical", "torch", "onnxruntime", "python")
     return ", ".join(f"{k} {environment[k]}" for k in wanted if environment.get(k)) + "."
 
 

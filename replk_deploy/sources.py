@@ -20,7 +20,7 @@ def run_name(loaded: Loaded) -> str:
     """Name the run of a checkpoint: its label and the first digits of its hash."""
     words = "".join(c if c.isalnum() else "-" for c in loaded.label.lower())
     origin = loaded.metadata.source_sha256 if loaded.metadata else loaded.sha256
-    return f"{'-'.join(filter(None, words.split('-')))}-{origin[:8]}"
+    return "-".join(filter(None, (*words.split("-"), origin[:8], loaded.selected)))
 
 
 def run_or_file(artefact: Path | None, root: Path) -> tuple[Workspace | None, Path | None]:
@@ -60,13 +60,23 @@ def vouched(path: Path, *, allow_unverified: bool) -> Metadata | None:
     verdict = metadata.verdict if metadata else None
     if verdict is None or verdict.state != "pass":
         state = f"is {verdict.state}" if verdict else "has no verdict"
-        raise IntegrityError(f"{path} {state}", "verify it, or time it all the same with --allow-unverified")
-    content = graph.content_hash(path) if path.suffix == ".onnx" else weights.content_hash(weights.read(path)[0])
-    if content != verdict.content:
+        raise IntegrityError(
+            f"{path} {state}", "make it again without --no-verify, or time it all the same with --allow-unverified"
+        )
+    if path.suffix == ".onnx" and graph.content_hash(path) != verdict.content:
         raise IntegrityError(
             f"{path} is not the file that its verdict speaks of", "export it again: replk export --onnx"
         )
     return metadata
+
+
+def sound(path: Path) -> bool:
+    """Tell whether a passing verdict speaks of exactly a file's content."""
+    try:
+        vouched(path, allow_unverified=False)
+    except IntegrityError:
+        return False
+    return True
 
 
 def open_fused(path: Path, *, prove: bool) -> tuple[Network, Metadata]:
@@ -74,14 +84,12 @@ def open_fused(path: Path, *, prove: bool) -> tuple[Network, Metadata]:
 
     Raises:
         ReplkError: they hold another precision.
-        IntegrityError: altered since their verdict, or `prove` and no passing verdict.
+        IntegrityError: altered since their verdict, or `prove` without a passing one.
     """
     model, metadata = weights.read(path)
     if metadata.precision != "fp32":
         raise ReplkError(f"{path} holds {metadata.precision} weights", "export from the fp32 weights that fuse wrote")
     verdict = metadata.verdict
-    if verdict and verdict.content != weights.content_hash(model):
-        raise IntegrityError(f"the weights of {path} are not those its verdict speaks of", "fuse the checkpoint again")
     if prove and (verdict is None or verdict.state != "pass"):
         raise IntegrityError(
             f"{path} has no passing verdict, so nothing can be proved by it",

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from replk_deploy.errors import CheckpointError
+from replk_deploy.errors import CheckpointError, IntegrityError
 from replk_deploy.metadata import Metadata
 from replk_deploy.models import FAMILIES
 from replk_deploy.models.base import Form, Network
@@ -50,6 +50,7 @@ def read(path: Path) -> tuple[Network, Metadata]:
 
     Raises:
         CheckpointError: not ours, damaged, or its tensors do not fill the network it names.
+        IntegrityError: the weights are not those that its verdict speaks of.
     """
     metadata = header(path)
     if metadata is None or metadata.family not in FAMILIES:
@@ -72,4 +73,6 @@ def read(path: Path) -> tuple[Network, Metadata]:
     if dtypes != {TOLERANCES[metadata.precision].torch_dtype}:
         raise CheckpointError(f"{path} says {metadata.precision} and holds {dtypes}", "export it again")
     model.load_state_dict(tensors, assign=True)
+    if metadata.verdict and metadata.verdict.content != content_hash(model):
+        raise IntegrityError(f"the weights of {path} are not those its verdict speaks of", "fuse the checkpoint again")
     return model.requires_grad_(requires_grad=False).eval(), metadata

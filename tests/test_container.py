@@ -231,6 +231,17 @@ def test_code_in_a_file_is_named_and_not_run(kind: str, place: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["weights.pth", "legacy.pth"])
+def test_code_that_the_first_look_misses_is_still_not_run(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda _: [])
+    trace = tmp_path / "it ran"
+    problem = refused(save(kind, tmp_path / kind, {"model": weights(), "hook": Bomb(trace)})).problem
+    assert f"{os.name}.system" in problem
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("kind", ["weights.pth", "legacy.pth"])
 def test_a_pickled_module_is_refused_by_the_name_of_its_class(kind: str, tmp_path: Path) -> None:
     problem = refused(save(kind, tmp_path / "x.pth", {"model": nn.Linear(2, 2)})).problem
     assert "torch.nn.modules.linear.Linear" in problem

@@ -43,7 +43,7 @@ def test_a_broken_contract_is_no_refusal_and_keeps_its_traceback() -> None:
 
 
 @pytest.mark.parametrize("kind", kinds())
-@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])  # noqa: S301  # our own
 def test_a_refusal_survives_the_way_to_another_process(kind, travel) -> None:
     sent = kind("tensor head.weight is missing", "give the whole checkpoint")
     got = travel(sent)

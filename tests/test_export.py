@@ -25,7 +25,7 @@ from replk_deploy.models.base import Network
 from replk_deploy.models.replknet import RepLKGeometry, RepLKNet
 from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.preprocess import HALF, Preprocessing
-from replk_deploy.proof import cast, open_onnx
+from replk_deploy.proof import open_onnx
 from tests import networks
 
 TINY = RepLKGeometry(
@@ -203,7 +203,7 @@ def test_each_block_s_name_is_that_of_its_last_value(all_made: dict[str, Made]) 
         seen: dict[str, np.ndarray] = {}
         hooks = [
             made.model.get_submodule(b).register_forward_hook(
-                lambda _m, _a, out, name=b: seen.__setitem__(name, out.numpy())
+                lambda _m, _a, out, name=b, seen=seen: seen.__setitem__(name, out.numpy())
             )
             for b in blocks
         ]

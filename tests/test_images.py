@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_arrays_that_are_not_labelled_pictures_are_refused(changes: dict, words:
     arrays = {k: v for k, v in (GOOD | changes).items() if v is not None}
     found = refused(npz(tmp_path / "x.npz", **arrays))
     assert str(tmp_path / "x.npz") in found.problem
-    assert __import__("re").search(words, found.problem), found.problem
+    assert re.search(words, found.problem), found.problem
 
 
 class Bomb:
@@ -223,7 +224,7 @@ def test_a_file_that_is_not_a_picture_is_named(tmp_path: Path) -> None:
     for content in (b"", b"not a picture", whole[:30], whole[: len(whole) // 2], whole[:40] + bytes(60) + whole[100:]):
         (root / "one" / "b.png").write_bytes(content)
         found = images.read(root, classes=10)
-        with pytest.raises(ReplkError, match="b.png is not a picture") as caught:
+        with pytest.raises(ReplkError, match=r"b\.png is not a picture") as caught:
             everything(found)
         assert "remove it" in caught.value.remedy
 
@@ -231,7 +232,7 @@ def test_a_file_that_is_not_a_picture_is_named(tmp_path: Path) -> None:
 def test_a_folder_named_like_a_picture_is_not_a_picture(tmp_path: Path) -> None:
     root = folder(tmp_path / "set", one=["a.png"])
     (root / "one" / "b.png").mkdir()
-    with pytest.raises(ReplkError, match="b.png is not a picture"):
+    with pytest.raises(ReplkError, match=r"b\.png is not a picture"):
         everything(images.read(root, classes=10))
 
 

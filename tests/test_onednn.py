@@ -27,7 +27,7 @@ def enabled() -> bool:
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
 def test_only_a_half_precision_large_depthwise_convolution_of_few_channels_stalls(
-    channels: int, kernel: int, depthwise: bool, dtype: torch.dtype
+    channels: int, kernel: int, depthwise, dtype: torch.dtype
 ) -> None:
     conv = nn.Conv2d(channels, channels, kernel, groups=channels if depthwise else 1).to(dtype)
     half = dtype in {torch.float16, torch.bfloat16}

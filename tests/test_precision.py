@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from replk_deploy.precision import ALGEBRA, FLOOR, PRECISIONS, TOLERANCES, Precision
+from replk_deploy.precision import ALGEBRA, FLOOR, PRECISIONS, TOLERANCES, Precision, algebra_gate
 
 
 def test_every_precision_has_a_row_and_no_row_is_spare() -> None:
@@ -47,3 +47,10 @@ def test_reading_the_table_loads_no_runtime() -> None:
     code = "import sys, replk_deploy.precision; print([m for m in ('torch', 'onnx', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_gate_of_the_algebra_follows_the_conditioning_and_stays_below_every_bug() -> None:
+    assert algebra_gate(0) == algebra_gate(TOLERANCES["fp32"].typical) == ALGEBRA
+    assert algebra_gate(2e-2) == pytest.approx(20 * algebra_gate(1e-3))
+    assert algebra_gate(TOLERANCES["fp32"].limit) < 1e-11
+    assert algebra_gate(1.0) < 1e-5 / 100  # even for noise; the smallest planted bug is 1e-5 off

@@ -242,6 +242,9 @@ class RepLKNet(Network):
     def parse(cls, text: str) -> RepLKGeometry:
         """Read a geometry back from the text that `describe` gave."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        for name in ("channels", "depths", "kernels", "dw_channels", "ffn_channels"):
+            if not fields[name] or not all(isinstance(n, int) and n > 0 for n in fields[name]):
+                raise ValueError(f"{name} are {fields[name]}")
         return RepLKGeometry(**fields)
 
     def describe(self) -> str:

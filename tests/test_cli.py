@@ -1,0 +1,426 @@
+"""The command line as it is typed: exit codes, one verdict line, and nothing a user must not see."""
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from replk_deploy import __version__, pipeline, render
+from replk_deploy import bench as benching
+from replk_deploy.cli import app
+from replk_deploy.errors import ContractError
+from replk_deploy.models import reparam
+from replk_deploy.models.replknet import RepLKGeometry
+from tests import networks
+
+HERE = Path(__file__).parents[1]
+TINY = RepLKGeometry(
+    channels=(4, 6), depths=(1, 1), kernels=(13, 7), small=3, dw_channels=(4, 6), ffn_channels=(8, 12), classes=10
+)
+WORDS = tuple(render.WORDS.values())
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WARM_MS": 1.0, "WARM_CAP_MS": 2.0, "REWARM_MS": 0.0, "BLOCK_MS": 1.0}.items():
+        monkeypatch.setattr(benching, name, value)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return networks.save_as_trained(networks.trained(TINY), tmp_path_factory.mktemp("ckpt") / "ckpt.pth")
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory, ckpt: Path) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
+    """The three lines of the first page, typed in a folder that holds nothing but the checkpoint."""
+    folder = tmp_path_factory.mktemp("typed")
+    shutil.copy(ckpt, folder)
+    lines = (
+        ("fuse", "ckpt.pth"),
+        ("export", "--onnx"),
+        ("bench", "--backend", "ort-cpu", "--max-seconds", "0.1"),
+    )
+    return folder, [process(folder, *line) for line in lines]
+
+
+@pytest.fixture
+def folder(typed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, and the current one."""
+    shutil.copytree(typed[0], tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def process(folder: Path, *line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(HERE / "cli.py"), *line],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def ask(*line: str):
+    return CliRunner().invoke(app, list(line), prog_name="replk", catch_exceptions=False)
+
+
+def last(text: str) -> str:
+    return text.rstrip("\n").rpartition("\n")[2]
+
+
+def test_the_three_lines_of_the_first_page_work(typed: tuple[Path, list[subprocess.CompletedProcess[str]]]) -> None:
+    folder, (fused, exported, timed) = typed
+    for done, words in (
+        (fused, r"PASS fuse RepLKNet-test fp32 · worst 0\.\d\d of allowance · replk-out/.*/fused\.safetensors"),
+        (exported, r"PASS export fp32 · worst 0\.\d\d of allowance · replk-out/.*/model\.fp32\.onnx"),
+        (timed, r"PASS bench ort-cpu b1 [\d.]+ ms.*"),
+    ):
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch(words, last(done.stdout)), done.stdout
+        assert "Traceback" not in done.stderr
+        assert "Warning" not in done.stderr
+        assert done.stderr.replace("·", "").strip(), "progress is told on stderr"
+    assert "stages" not in fused.stdout
+    assert re.search(r"ort-cpu +│ +1 +│ +[\d.]+", timed.stdout)
+    names = {p.name for p in folder.rglob("*") if p.is_file()}
+    assert {"latest", "manifest.json", "fused.safetensors", "model.fp32.onnx", "bench.json"} <= names
+    assert not [n for n in names if n.endswith(".part")]
+
+
+def test_trt_is_a_third_answer_with_its_install_line(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    done = process(folder, "bench", "--backend", "trt")
+    assert done.returncode == 5
+    assert "replk-deploy[trt]" in done.stderr
+    assert "pip install" in done.stderr
+    assert last(done.stderr).startswith("FAIL bench: ")
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_help_waits_for_no_runtime() -> None:
+    heavy = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "scipy", "PIL", "sklearn")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({heavy!r}));"
+        "from replk_deploy.cli import main; sys.argv = ['replk', *sys.argv[1:]]; main()"
+    )
+    for line in (("--help",), ("bench", "--help"), ("--version",)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *line], cwd=HERE, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback(typed: tuple[Path, list]) -> None:
+    command = f"{sys.executable} {HERE / 'cli.py'} inspect ckpt.pth | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=typed[0], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout.startswith("RepLKNet-test")
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_an_interrupt_is_130_and_leaves_nothing(in_empty_folder: Path, ckpt: Path, monkeypatch) -> None:
+    def interrupted(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.proving, "prove_fusion", interrupted)
+    done = ask("fuse", str(ckpt))
+    assert done.exit_code == 130
+    assert "interrupted" in done.stderr
+    assert not [p for p in in_empty_folder.rglob("*") if p.is_file()]
+
+
+def test_a_bug_of_ours_keeps_its_traceback(ckpt: Path, in_empty_folder: Path, monkeypatch) -> None:
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise ContractError("a promise is broken")
+
+    monkeypatch.setattr(pipeline, "fuse", broken)
+    with pytest.raises(ContractError):
+        ask("fuse", str(ckpt))
+    done = CliRunner().invoke(app, ["fuse", str(ckpt)])
+    assert done.exit_code == 1
+
+
+def test_no_memory_is_unavailable_and_says_so(ckpt: Path, in_empty_folder: Path, monkeypatch) -> None:
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "fuse", broken)
+    done = ask("fuse", str(ckpt))
+    assert done.exit_code == 5
+    assert "memory" in done.stderr
+    assert last(done.stderr).startswith("FAIL fuse")
+
+
+def test_without_a_command_there_is_help_and_version_is_one_line() -> None:
+    bare, helped = ask(), ask("--help")
+    for done in (bare, helped):
+        assert all(c in done.output for c in ("inspect", "fuse", "export", "verify", "bench", "deploy", "selftest"))
+    assert helped.exit_code == 0
+    assert bare.exit_code in {0, 2}
+    shown = ask("--version")
+    assert (shown.exit_code, shown.stdout) == (0, f"replk {__version__}\n")
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "schema"),
+    [
+        (("inspect", "ckpt.pth"), "replk.inspection/1"),
+        (("fuse", "ckpt.pth", "-o", "f.safetensors"), "replk.fused/1"),
+        (("export", "-o", "w.safetensors", "--precision", "fp16"), "replk.exported/1"),
+        (("verify", "ckpt.pth", "ckpt.pth"), "replk.proof/1"),
+        (("bench", "--backend", "ort-cpu", "--max-seconds", "0.01"), "replk.bench/1"),
+    ],
+)
+def test_json_on_stdout_is_one_document_and_the_verdict_stands_beside(
+    folder: Path, line: tuple[str, ...], schema: str
+) -> None:
+    done = ask(*line, "--json", "-")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["schema"] == schema
+    assert last(done.stderr).startswith(f"PASS {line[0]}")
+    written = ask(*line, "--json", "deep/result.json")
+    assert json.loads((folder / "deep/result.json").read_text())["schema"] == schema
+    assert last(written.stdout).startswith(f"PASS {line[0]}")
+    assert '"schema"' not in written.stdout
+
+
+def test_a_json_file_that_cannot_be_written_is_a_refusal(folder: Path) -> None:
+    done = ask("inspect", "ckpt.pth", "--json", "ckpt.pth/x.json")
+    assert done.exit_code == 2
+    assert last(done.stderr).startswith("FAIL inspect: ")
+
+
+# --- verdicts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_rejected_fusion_is_3_and_says_which_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = reparam.embed_kernel
+    monkeypatch.setattr(reparam, "embed_kernel", lambda small, size: honest(small, size).roll(1, -2))
+    done = ask("fuse", "ckpt.pth", "-o", "f.safetensors")
+    assert done.exit_code == 3
+    assert re.fullmatch(r"FAIL fuse .* · worst [\d.]+ of allowance · f\.rejected\.safetensors", last(done.stdout))
+    assert "first wrong block: stages.0.blocks.0" in done.stdout
+    assert not (folder / "f.safetensors").exists()
+    done = ask("fuse", "ckpt.pth", "-o", "f.safetensors", "--json", "-")
+    assert done.exit_code == 3
+    assert json.loads(done.stdout)["verdict"]["state"] == "rejected"
+    assert last(done.stderr).startswith("FAIL fuse")
+
+
+def test_another_network_is_3(folder: Path) -> None:
+    networks.save_as_trained(networks.trained(TINY, seed=4), folder / "other.pth")
+    (model,) = folder.rglob("model.fp32.onnx")
+    done = ask("verify", "other.pth", str(model))
+    assert done.exit_code == 3
+    assert re.fullmatch(r"FAIL verify model\.fp32\.onnx · worst [\d.]+ of allowance", last(done.stdout))
+
+
+def test_unverified_is_said_and_then_refused_with_6(folder: Path) -> None:
+    done = ask("fuse", "ckpt.pth", "-o", "f.safetensors", "--no-verify")
+    assert done.exit_code == 0
+    assert last(done.stdout) == "UNVERIFIED fuse RepLKNet-test fp32 · f.safetensors"
+    for line in (("export", "f.safetensors", "--onnx", "-o", "m.onnx"), ("bench", "f.safetensors", "--backend", "torch")):
+        done = ask(*line)
+        assert done.exit_code == 6, line
+        assert last(done.stderr).startswith(f"FAIL {line[0]}: f.safetensors ")
+        assert "fix" in done.stderr
+    done = ask("bench", "f.safetensors", "--backend", "torch", "--allow-unverified", "--max-seconds", "0.01")
+    assert done.exit_code == 0
+    assert not last(done.stdout).startswith("PASS "), "what nothing vouches for is not called a pass"
+
+
+def test_an_altered_run_is_6(folder: Path) -> None:
+    (fused,) = folder.rglob("fused.safetensors")
+    fused.write_bytes(fused.read_bytes()[:-1] + b"\x01")
+    done = ask("export", "--onnx")
+    assert done.exit_code == 6
+    assert "its hash differs" in done.stderr
+
+
+def test_already_fused_is_said(folder: Path) -> None:
+    (fused,) = folder.rglob("fused.safetensors")
+    done = ask("fuse", str(fused), "-o", "again.safetensors")
+    assert done.exit_code == 0
+    assert "already fused" in done.stdout
+    assert last(done.stdout).startswith("PASS fuse")
+
+
+def test_deploy_shows_the_whole_chain(folder: Path) -> None:
+    done = ask("deploy", "ckpt.pth", "--backend", "ort-cpu", "--max-seconds", "0.01", "--size", "64")
+    assert done.exit_code == 0
+    assert re.fullmatch(r"PASS deploy RepLKNet-test · replk-out/[\w-]+/report\.md", last(done.stdout))
+    for part in ("fused.safetensors", "model.fp32.onnx", "large kernels", "latency", "taken from the run as it was"):
+        assert part in done.stdout
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+class Dangerous:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("code of the file ran",)
+
+
+def _saved(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _zip() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    return file.getvalue()
+
+
+def _lost(state: dict[str, torch.Tensor]) -> bytes:
+    return _saved({k: v for k, v in state.items() if k != "stages.1.blocks.0.pw1.conv.weight"})
+
+
+def _broken(state: dict[str, torch.Tensor]) -> bytes:
+    return _saved({k: v * float("nan") if k == "stem.0.conv.weight" else v for k, v in state.items()})
+
+
+REFUSED = {
+    "empty": lambda _s: b"",
+    "text": lambda _s: b"hello, this is no checkpoint",
+    "cut short": lambda s: _saved(s)[:2000],
+    "not a torch archive": lambda _s: _zip(),
+    "code": lambda _s: pickle.dumps(Dangerous()),
+    "code in an archive": lambda s: _saved({**s, "extra": Dangerous()}),
+    "a list": lambda _s: _saved([1, 2]),
+    "no tensors": lambda _s: _saved({"model": {}}),
+    "another network": lambda _s: _saved({"layer1.0.conv1.weight": torch.ones(4, 4, 3, 3)}),
+    "a tensor lost": _lost,
+    "a stray tensor": lambda s: _saved({**s, "stages.0.blocks.0.pw9.weight": torch.ones(1)}),
+    "a misshaped tensor": lambda s: _saved({**s, "norm.weight": torch.ones(5)}),
+    "NaN": _broken,
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_checkpoint_that_cannot_be_taken_is_2_without_a_traceback(
+    in_empty_folder: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    state = networks.trained(TINY).state_dict()
+    (in_empty_folder / "bad.pth").write_bytes(REFUSED[kind](state))
+    done = ask("fuse", "bad.pth")
+    assert done.exit_code == 2, done.output
+    assert "error" in done.stderr
+    assert "fix" in done.stderr
+    assert last(done.stderr).startswith("FAIL fuse: bad.pth ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert "code of the file ran" not in capfd.readouterr().out
+    assert [p.name for p in in_empty_folder.rglob("*")] == ["bad.pth"]
+
+
+def test_a_missing_checkpoint_and_a_foreign_safetensors_are_2(in_empty_folder: Path) -> None:
+    save_file({"weight": torch.ones(2)}, "foreign.safetensors")
+    for path in ("missing.pth", "missing.safetensors", "foreign.safetensors", "."):
+        done = ask("inspect", path)
+        assert done.exit_code == 2, path
+        assert last(done.stderr).startswith("FAIL inspect: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("fuse", "ckpt.pth", "--level", "half"), "choose full or merge"),
+        (("fuse", "ckpt.pth", "--weights", "best"), "choose model or ema"),
+        (("fuse", "ckpt.pth", "--weights", "ema"), "no averaged weights"),
+        (("fuse", "ckpt.pth", "--head", "in22k"), "no head named 'in22k'"),
+        (("fuse", "ckpt.pth", "--size", "0"), "is not a size"),
+        (("fuse", "ckpt.pth", "--size", "64x"), "is not a size"),
+        (("fuse", "ckpt.pth", "--size", "64x0"), "is not a size"),
+        (("inspect", "ckpt.pth", "--size", "3"), "too small"),
+        (("export", "--onnx", "--size", "3"), "too small"),
+        (("fuse", "ckpt.pth", "--size", "-8"), "is not a size"),
+        (("fuse", "ckpt.pth", "-o", "x.bin"), "no known ending"),
+        (("export", "--precision", "int8"), "choose from fp32, fp16, bf16"),
+        (("export", "--onnx", "--batch", "0"), "is not a batch"),
+        (("export", "--onnx", "--batch", "8:1"), "is not a batch"),
+        (("export", "--onnx", "--batch", "1:2:3:4"), "is not a batch"),
+        (("export", "--onnx", "--batch", "-1"), "is not a batch"),
+        (("export", "--onnx", "--batch", "two"), "is not a batch"),
+        (("export", "--embed-preprocess"), "add --onnx"),
+        (("export", "nowhere"), "nowhere"),
+        (("bench", "--backend", "ort"), "there is no backend 'ort'"),
+        (("bench", "--backend", "ort-cpu", "--percentile", "75"), "choose from 50, 90, 99"),
+        (("bench", "--backend", "ort-cpu", "--batch", "0"), "give 1 or more"),
+        (("bench", "--backend", "ort-cpu", "--batch", "-2"), "give 1 or more"),
+        (("deploy", "ckpt.pth", "--bench-batch", "0"), "give 1 or more"),
+        (("deploy", "ckpt.pth", "--precision", "fp8"), "choose from fp32, fp16, bf16"),
+        (("deploy", "ckpt.pth", "--data", "nowhere.npz"), "nowhere.npz"),
+    ],
+)
+def test_a_value_that_cannot_be_taken_is_2_and_says_what_can(folder: Path, line: tuple[str, ...], words: str) -> None:
+    done = ask(*line)
+    assert done.exit_code == 2, done.output
+    assert words in " ".join(done.stderr.split())
+    assert last(done.stderr).startswith(f"FAIL {line[0]}: ")
+    assert "Traceback" not in done.output
+    assert not list(folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "line", [("fuse",), ("fuze", "x"), ("fuse", "a", "--nope"), ("bench",), ("verify", "a"), ("inspect", "a", "--size")]
+)
+def test_a_line_that_cannot_be_parsed_is_2(line: tuple[str, ...]) -> None:
+    done = ask(*line)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+
+
+def test_without_a_run_the_way_to_begin_is_shown(in_empty_folder: Path) -> None:
+    for line in (("export", "--onnx"), ("bench", "--backend", "ort-cpu")):
+        done = ask(*line)
+        assert done.exit_code == 2
+        assert "replk fuse CHECKPOINT" in done.stderr
+
+
+# --- terminals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [20, 60, 100, 250])
+@pytest.mark.parametrize("line", [("inspect", "ckpt.pth"), ("verify", "ckpt.pth", "ckpt.pth")])
+def test_no_width_loses_the_verdict(folder: Path, monkeypatch, columns: int, line: tuple[str, ...]) -> None:
+    monkeypatch.setattr(render.out, "_width", columns)
+    monkeypatch.setattr(render.err, "_width", columns)
+    done = ask(*line)
+    assert done.exit_code == 0
+    assert last(done.stdout).startswith(f"PASS {line[0]} ")
+    if columns >= 60:
+        assert "…" not in done.stdout
+        assert max(map(len, done.stdout.splitlines()[:-1])) <= max(columns, 76)
+
+
+def test_colour_is_only_for_terminals_and_never_with_no_color(folder: Path) -> None:
+    done = process(folder, "inspect", "ckpt.pth", COLUMNS="60")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr
+    assert last(done.stdout).startswith("PASS inspect")
