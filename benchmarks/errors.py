@@ -2,9 +2,9 @@
 
 python benchmarks/errors.py [VARIANT ...]     writes docs/benchmarks/errors.json and docs/errors.md
 
-Variants that are not named keep their rows. Each variant is a checkpoint in the training layout with random weights and BatchNorm statistics that
-fit the activations and are then disturbed; it goes through `replk deploy` at its own size in float32,
-float16 and bfloat16.
+Variants that are not named keep their rows. Each variant is a checkpoint in the training layout with
+random weights and BatchNorm statistics that fit the activations and are then disturbed; it goes
+through `replk deploy` at its own size in float32, float16 and bfloat16.
 """
 
 import argparse

@@ -129,7 +129,9 @@ def export(
     precision: Precisions = "fp32",
     size: Size = None,
     batch: Batch = "1:8:64",
-    embed_preprocess: Annotated[bool, typer.Option(help="Take uint8 [N,H,W,3]; normalise inside the graph.")] = False,
+    embed_preprocess: Annotated[
+        bool, typer.Option("--embed-preprocess", help="Take uint8 [N,H,W,3]; normalise in the graph.")
+    ] = False,
     no_verify: NoVerify = False,
     as_json: Json = None,
 ) -> None:
@@ -194,7 +196,9 @@ def bench(
     batch: Annotated[list[int], typer.Option(help="Images at a time; repeatable.")] = [1],  # noqa: B006  # typer copies it
     max_seconds: Annotated[float, typer.Option(help="Cap on the timed part, per backend and batch.")] = 60.0,
     percentile: Annotated[list[int], typer.Option(help="50, 90 or 99: enough samples are taken for it.")] = [50, 90],  # noqa: B006
-    allow_unverified: Annotated[bool, typer.Option(help="Time a file that no verdict vouches for.")] = False,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Time a file that no verdict vouches for.")
+    ] = False,
     as_json: Json = None,
 ) -> None:
     """Time an artefact on runtimes, interleaved; none that no verdict vouches for."""
@@ -226,7 +230,9 @@ def deploy(
     precision: Annotated[list[str], typer.Option(metavar="|".join(PRECISIONS), help="Repeatable.")] = ["fp32"],  # noqa: B006
     size: Size = None,
     batch: Batch = "1:8:64",
-    embed_preprocess: Annotated[bool, typer.Option(help="Take uint8 [N,H,W,3]; normalise inside the graph.")] = False,
+    embed_preprocess: Annotated[
+        bool, typer.Option("--embed-preprocess", help="Take uint8 [N,H,W,3]; normalise in the graph.")
+    ] = False,
     backend: Annotated[list[str], typer.Option(help="Runtime to time; repeatable; by default all present.")] = [],  # noqa: B006
     bench_batch: Annotated[list[int], typer.Option(help="Batch to time; repeatable.")] = [1],  # noqa: B006
     max_seconds: Annotated[float, typer.Option(help="Cap on the timed part, per backend and batch.")] = 20.0,

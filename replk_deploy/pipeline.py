@@ -327,14 +327,16 @@ def verify(
     if size and candidate.suffix == ".onnx":
         raise ReplkError(f"{candidate} has its own size", "leave out --size")
     if reference.suffix == ".onnx":
-        return proving.prove_graphs(reference, candidate, progress=progress)
+        return publish.proved("verify", lambda: proving.prove_graphs(reference, candidate, progress=progress))
     loaded = _load_either(reference, source, head)
-    doubt = _doubt(loaded)
+    oracle, doubt = Oracle(loaded.model, loaded.sha256), _doubt(loaded)
     if candidate.suffix == ".onnx":
-        return proving.prove_file(Oracle(loaded.model, loaded.sha256), candidate, doubt=doubt, progress=progress)
+        return publish.proved("verify", lambda: proving.prove_file(oracle, candidate, doubt=doubt, progress=progress))
     other = _load_either(candidate, source, head)
-    size = size or loaded.preprocessing.size
-    return proving.prove_pair(Oracle(loaded.model, loaded.sha256), other, size=size, doubt=doubt, progress=progress)
+    shown = size or loaded.preprocessing.size
+    return publish.proved(
+        "verify", lambda: proving.prove_pair(oracle, other, size=shown, doubt=doubt, progress=progress)
+    )
 
 
 def bench(

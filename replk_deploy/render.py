@@ -192,10 +192,9 @@ def chain(done: Any) -> None:
         state = step["verdict"]["state"]
         table.add_section()
         for row in (step["proof"] or {"agreements": ()})["agreements"]:
-            limit = max(row["bound"]["rel_l2"].values())
-            table.add_row(
-                escape(f"  {row['name']}"), f"{row['rel_l2']:.1e}", f"{limit:.1e}", f"{row['worst']:.2f}", row["state"]
-            )
+            limit = max(map(float, row["bound"]["rel_l2"].values()))  # NaN and infinity are stored as text
+            rel_l2, worst = float(row["rel_l2"]), float(row["worst"])
+            table.add_row(escape(f"  {row['name']}"), f"{rel_l2:.1e}", f"{limit:.1e}", f"{worst:.2f}", row["state"])
         name = f"[bold]{escape(Path(step['file']).name)}[/]"
         table.add_row(name, "", "", f"{step['verdict']['worst'] or 0:.2f}", f"[{COLOURS[state]}]{state}[/]")
     out.print(table)
@@ -215,7 +214,7 @@ def pairs(facts: dict[str, str]) -> None:
     """Print names and values, one a line."""
     table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
-        table.add_row(f"[dim]{name}[/]", escape(value))
+        table.add_row(f"[dim]{escape(name)}[/]", escape(value))
     out.print(table)
 
 

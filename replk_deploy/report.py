@@ -39,13 +39,13 @@ def _proof(run: Record) -> str:
     for step in (run["fuse"], *run["exports"]):
         name = step["file"].rsplit("/", 1)[-1]
         for judged in (step["proof"] or {"agreements": ()})["agreements"]:
-            limit = max(judged["bound"]["rel_l2"].values())
+            limit = max(map(float, judged["bound"]["rel_l2"].values()))  # NaN and infinity are stored as text
             row = (
                 name,
                 judged["name"],
-                f"{judged['rel_l2']:.1e}",
+                f"{float(judged['rel_l2']):.1e}",
                 f"{limit:.1e}",
-                f"{judged['worst']:.2f}",
+                f"{float(judged['worst']):.2f}",
                 judged["state"],
             )
             rows.append(row)
@@ -134,4 +134,4 @@ def _share(worst: float | None) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows])

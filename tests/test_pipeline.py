@@ -106,7 +106,9 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the small kernel of the first stage come to lie one pixel off."""
     honest = reparam.embed_kernel
     monkeypatch.setattr(
-        reparam, "embed_kernel", lambda small, size: honest(small, size).roll(1, -1) if size == 13 else honest(small, size)
+        reparam,
+        "embed_kernel",
+        lambda small, size: honest(small, size).roll(1, -1) if size == 13 else honest(small, size),
     )
 
 
@@ -176,7 +178,10 @@ def test_the_merged_form_loads_strictly_into_the_reference_layout(
     assert state["stages.0.blocks.0.large_kernel.lkb_reparam.weight"].shape == (4, 1, 13, 13)
     assert {"stages.0.blocks.0.large_kernel.lkb_reparam.bias", "stem.0.bn.running_mean", "norm.weight"} <= state.keys()
     assert off(answer(reference, images()), answer(net, images())) < 1e-5
-    assert (made.verdict.state, made.fusion.merged) == ("pass", tuple(f"stages.{s}.blocks.0.large_kernel" for s in (0, 1)))
+    assert (made.verdict.state, made.fusion.merged) == (
+        "pass",
+        tuple(f"stages.{s}.blocks.0.large_kernel" for s in (0, 1)),
+    )
     assert made.fusion.left
 
 
@@ -443,7 +448,9 @@ def test_bfloat16_is_provisional_and_not_timed_without_consent(run: Path) -> Non
         pipeline.bench(made.file, backends=("ort-cpu",), allow_unverified=True)
 
 
-@pytest.mark.parametrize(("onnx_", "output"), [(True, "m.safetensors"), (True, "m"), (False, "m.onnx"), (False, "m.pth")])
+@pytest.mark.parametrize(
+    ("onnx_", "output"), [(True, "m.safetensors"), (True, "m"), (False, "m.onnx"), (False, "m.pth")]
+)
 def test_the_ending_says_what_is_written(run: Path, in_empty_folder: Path, onnx_: bool, output: str) -> None:  # noqa: FBT001
     with pytest.raises(ReplkError, match="no known ending"):
         pipeline.export(run, onnx=onnx_, output=Path(output))
@@ -481,9 +488,7 @@ def test_half_precision_weights_are_judged_as_such(run: Path, ckpt: Path, other:
     assert pipeline.verify(other, half).state == "rejected"
 
 
-def test_a_reference_that_nothing_vouches_for_gives_a_provisional_verdict(
-    run: Path, unverified: Path
-) -> None:
+def test_a_reference_that_nothing_vouches_for_gives_a_provisional_verdict(run: Path, unverified: Path) -> None:
     for candidate in (run / "fused.safetensors", run / "model.fp32.onnx"):
         found = pipeline.verify(unverified, candidate)
         assert found.state == "provisional"
@@ -625,7 +630,14 @@ def test_deploy_proves_counts_times_and_reports(
     assert (report["schema"], report["state"]) == ("replk.deployment/1", "pass")
     assert report["fuse"]["verdict"]["state"] == report["exports"][0]["verdict"]["state"] == "pass"
     text = (done.folder / "report.md").read_text()
-    for part in ("RepLKNet-test: pass", "model.fp32.onnx", "65.00%", "26 of 40", "ort-cpu", done.inspection.checkpoint.sha256):
+    for part in (
+        "RepLKNet-test: pass",
+        "model.fp32.onnx",
+        "65.00%",
+        "26 of 40",
+        "ort-cpu",
+        done.inspection.checkpoint.sha256,
+    ):
         assert part in text
     assert Workspace.latest(done.folder.parent).folder == done.folder
     assert not list(done.folder.rglob("*.part"))
@@ -721,3 +733,19 @@ def test_the_state_of_a_deployment_is_its_worst(deployed: tuple[Path, Path, pipe
         bad = {**done.exports[0], "verdict": {**done.exports[0]["verdict"], "state": state}}
         assert dataclasses.replace(done, exports=(done.exports[0], bad)).state == state
         assert dataclasses.replace(done, fuse=bad).state == state
+
+
+def test_a_fusion_that_gives_nan_ends_with_a_report(
+    copied: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, root, run = copied
+    honest = reparam.bn_affine
+
+    def broken(norm: Any) -> Any:
+        scale, shift = honest(norm)
+        return scale, shift * float("nan")
+
+    monkeypatch.setattr(reparam, "bn_affine", broken)
+    done = deploy(path, root, size=(72, 64))
+    assert done.state == "rejected"
+    assert "rejected" in (run / "report.md").read_text()
