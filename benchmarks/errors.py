@@ -1,10 +1,13 @@
 """Errors against float64 at every step, for the three published variants.
 
-python benchmarks/errors.py [VARIANT ...]     writes docs/benchmarks/errors.json and docs/errors.md
+python benchmarks/errors.py [VARIANT ...] [--precision fp32 ...]
+
+Writes docs/benchmarks/errors.json and docs/errors.md.
 
 Variants that are not named keep their rows. Each variant is a checkpoint in the training layout with
 random weights and BatchNorm statistics that fit the activations and are then disturbed; it goes
-through `replk deploy` at its own size in float32, float16 and bfloat16.
+through `replk deploy` at its own size in float32, float16 and bfloat16
+unless told otherwise.
 """
 
 import argparse
@@ -26,14 +29,14 @@ SHORT = ("--backend", "ort-cpu", "--max-seconds", "1", "--json", "run.json")
 PAGE = ROOT / "docs" / "errors.md"
 
 
-def deploy(variant: str) -> list[dict[str, object]]:
+def deploy(variant: str, precisions: list[str]) -> list[dict[str, object]]:
     """Make a checkpoint, take it through the chain, and return one row per comparison."""
     with tempfile.TemporaryDirectory() as name:
         folder, environment = Path(name), os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run(
             [sys.executable, "-m", "tests.networks", variant, str(folder / "ckpt.pth")], cwd=ROOT, check=True
         )
-        options = [o for p in PRECISIONS for o in ("--precision", p)]
+        options = [o for p in precisions for o in ("--precision", p)]
         done = subprocess.run(
             [sys.executable, str(ROOT / "cli.py"), "deploy", "ckpt.pth", *options, *SHORT],
             cwd=folder,
@@ -88,7 +91,9 @@ def page(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
-    variants = parser.parse_args().variants
+    parser.add_argument("--precision", action="append", choices=PRECISIONS)
+    options = parser.parse_args()
+    variants, precisions = options.variants, options.precision or list(PRECISIONS)
     record: dict[str, Any] = {
         "schema": "replk.benchmark-errors/1",
         "command": "python benchmarks/errors.py",
@@ -97,7 +102,7 @@ def main() -> None:
     if RECORD.exists():
         record = json.loads(RECORD.read_text())
     for variant in variants:
-        record["variants"][variant] = {"rows": deploy(variant), "environment": machine.environment()}
+        record["variants"][variant] = {"rows": deploy(variant, precisions), "environment": machine.environment()}
         RECORD.parent.mkdir(exist_ok=True)
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         PAGE.write_text(page(record))

@@ -32,6 +32,8 @@ def staged(path: Path) -> Iterator[Path]:
         ) from exc
     try:
         yield part
+    except OSError as exc:  # a full disk, above all
+        raise ReplkError(f"{path} cannot be written: {exc.strerror or exc}", "name another place with -o") from exc
     finally:
         part.unlink(missing_ok=True)
 

@@ -188,6 +188,7 @@ def _fuse(
     oracle = Oracle(loaded.model, loaded.sha256)
     metadata = _metadata(loaded, result.model, size)
     known = metadata.verdict if loaded.metadata and not result.changed else None
+    metadata = dataclasses.replace(metadata, verdict=known)  # the source's verdict does not speak of what is made of it
     with files.staged(final) as part:
         dtype = next(loaded.model.parameters()).dtype if known else torch.float32
         publish.store(part, final.suffix, proving.cast(result.model, dtype), metadata)
@@ -333,6 +334,8 @@ def verify(
     if candidate.suffix == ".onnx":
         return publish.proved("verify", lambda: proving.prove_file(oracle, candidate, doubt=doubt, progress=progress))
     other = _load_either(candidate, source, head)
+    if other.metadata is None and loaded.metadata and loaded.metadata.precision != "fp32":
+        loaded, other, oracle = other, loaded, Oracle(other.model, other.sha256)  # rounded weights judge nobody
     shown = size or loaded.preprocessing.size
     return publish.proved(
         "verify", lambda: proving.prove_pair(oracle, other, size=shown, doubt=doubt, progress=progress)

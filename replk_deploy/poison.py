@@ -17,7 +17,7 @@ from replk_deploy.models.base import Network
 IMAGES = 8
 
 
-def poison(model: Network, *, size: int = 64, seed: int = 0) -> Network:
+def poison(model: Network, *, size: int = 96, seed: int = 0) -> Network:
     """Return a float64 copy with statistics fitted and disturbed; the input is untouched.
 
     Per norm: mean = batch mean + 0.3·sd·N(0, 1), variance = batch variance·U(0.5, 1.5),
@@ -25,7 +25,8 @@ def poison(model: Network, *, size: int = 64, seed: int = 0) -> Network:
 
     Args:
         model: in a form that has BatchNorms; without any, the copy equals the input.
-        size: side of the square images that are sent through.
+        size: side of the square images that are sent through; larger than the images judged later, because
+            a large kernel sees more of a larger map and a network fitted to smaller ones overflows float16.
         seed: decides images and noise.
     """
     twin = copy.deepcopy(model).double().eval().requires_grad_(requires_grad=False)

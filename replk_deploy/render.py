@@ -112,7 +112,7 @@ def inspection(seen: Any) -> None:
         facts["left aside"] = _some(loaded.ignored)
     out.print(f"[bold]{escape(loaded.label)}[/]  {escape(loaded.file)}")
     pairs(facts)
-    table = Table("kernel", "channels", "map", "MMAC", "inside", title="large kernels, per image", title_justify="left")
+    table = _table("kernel", "channels", "map", "MMAC", "inside", title="large kernels, per image")
     groups: dict[tuple[int, ...], list[Any]] = {}
     for layer in seen.large:
         groups.setdefault((layer.kernel, layer.channels, *layer.map), []).append(layer)
@@ -128,7 +128,7 @@ def inspection(seen: Any) -> None:
 
 def proof(found: Any) -> None:
     """Print how far each state is from float64."""
-    table = Table("state", "rel. L2", "limit", "share", "verdict", title="against float64", title_justify="left")
+    table = _table("state", "rel. L2", "limit", "share", "verdict", title="against float64")
     for row in found.agreements:
         limit = max(row.bound.rel_l2.values())
         colour = COLOURS[row.state]
@@ -150,7 +150,7 @@ def proof(found: Any) -> None:
 
 def latency(found: Any) -> None:
     """Print one row a backend and batch, medians with their intervals."""
-    table = Table("backend", "batch", "p50 ms", "p90 ms", "p99 ms", "ratio", title="latency", title_justify="left")
+    table = _table("backend", "batch", "p50 ms", "p90 ms", "p99 ms", "ratio", title="latency")
     for row in found.bench.rows:
         alone = "baseline" if row.backend == found.bench.baseline else "–"
         ratio = _quantile(row.ratio.median, 2) if row.ratio else alone
@@ -176,7 +176,7 @@ def latency(found: Any) -> None:
 
 def accuracy(steps: Sequence[Any]) -> None:
     """Print how often each step is right."""
-    table = Table("step", "top-1", "right", "same as trained", title="accuracy", title_justify="left")
+    table = _table("step", "top-1", "right", "same as trained", title="accuracy")
     for row in steps:
         whole = row["images"]
         table.add_row(
@@ -187,7 +187,7 @@ def accuracy(steps: Sequence[Any]) -> None:
 
 def chain(done: Any) -> None:
     """Print the steps of a run, each with its error and verdict."""
-    table = Table("file", "rel. L2", "limit", "share", "verdict", title="proof, against float64", title_justify="left")
+    table = _table("file", "rel. L2", "limit", "share", "verdict", title="proof, against float64")
     for step in (done.fuse, *done.exports):
         state = step["verdict"]["state"]
         table.add_section()
@@ -202,7 +202,7 @@ def chain(done: Any) -> None:
 
 def selftest(found: Any) -> None:
     """Print each planted bug and whether the gate caught it."""
-    table = Table("planted bug", "rel. L2", "first wrong block", title="selftest", title_justify="left")
+    table = _table("planted bug", "rel. L2", "first wrong block", title="selftest")
     for row in found.plants:
         caught = escape(row.caught_by) if row.caught else "[red]MISSED[/]"
         table.add_row(escape(row.bug), f"{row.rel_l2:.1e}", caught)
@@ -216,6 +216,11 @@ def pairs(facts: dict[str, str]) -> None:
     for name, value in facts.items():
         table.add_row(f"[dim]{escape(name)}[/]", escape(value))
     out.print(table)
+
+
+def _table(*heads: str, title: str) -> Table:
+    """Begin a table in which a narrow terminal breaks words instead of cutting them off."""
+    return Table(*(Column(head, overflow="fold") for head in heads), title=title, title_justify="left")
 
 
 def _quantile(value: Any, digits: int = 2) -> str:

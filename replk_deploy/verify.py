@@ -327,12 +327,12 @@ def _judge(image: str, output: str, ref: Array, got: Array, limit: float) -> tup
 
 def _noise(candidate: Answer, got: Mapping[str, Array], probe: Probe, bound: Bound, name: str) -> float:
     """Run again with the rows moved by one, and one row alone: no neighbour, time or batch size may matter."""
-    moved = candidate(np.roll(probe.images, 1, axis=0))
-    alone = candidate(probe.images[-1:].copy())
+    moved = {key: np.array(out, np.float64) for key, out in candidate(np.roll(probe.images, 1, axis=0)).items()}
+    alone = {key: np.array(out, np.float64) for key, out in candidate(probe.images[-1:].copy()).items()}
     noise = 0.0
     for output, first in got.items():
-        again = np.roll(np.asarray(moved[output], np.float64), -1, axis=0)
-        worst = _worst([*_rel_l2(again, first), *_rel_l2(np.asarray(alone[output], np.float64), first[-1:])])
+        again = np.roll(moved[output], -1, axis=0)
+        worst = _worst([*_rel_l2(again, first), *_rel_l2(alone[output], first[-1:])])
         if not worst <= bound.rel_l2[output] / 2:
             raise InconclusiveError(
                 f"{name}: {output} changes by {worst:.1e} when the batch is run again in another order or size, "

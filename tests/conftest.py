@@ -4,12 +4,12 @@ import os
 
 os.environ.update({"OMP_NUM_THREADS": "1", "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "100"})
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from tests import networks  # noqa: E402
+from tests import networks
 
 torch.set_num_threads(1)
 

@@ -42,9 +42,10 @@ GEOMETRIES = {"small": SMALL, "like XL": LIKE_XL, "backbone": BACKBONE}
 SIZES = {"RepLKNet-31B": 224, "RepLKNet-31L": 384, "RepLKNet-XL": 320}
 
 
-def trained(geometry: RepLKGeometry = SMALL, *, seed: int = 0) -> RepLKNet:
+def trained(geometry: RepLKGeometry = SMALL, *, seed: int = 0, size: int = 96) -> RepLKNet:
     """Return a float32 network in training form whose BatchNorms fit its activations and are then disturbed."""
-    return cast(poison(randomise(RepLKNet.build(geometry, "training"), seed=seed), seed=seed), torch.float32)
+    network = randomise(RepLKNet.build(geometry, "training"), seed=seed)
+    return cast(poison(network, size=size, seed=seed), torch.float32)
 
 
 def training_args(**changes: object) -> argparse.Namespace:
@@ -69,7 +70,7 @@ def main() -> None:
     size = SIZES[options.variant]
     half = options.variant == "RepLKNet-XL"
     save_as_trained(
-        trained(VARIANTS[options.variant]),
+        trained(VARIANTS[options.variant], size=-(-size * 7 // 320) * 32),
         options.path,
         model=options.variant,
         input_size=size,

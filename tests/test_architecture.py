@@ -1,6 +1,7 @@
 """Imports go down the layers, each runtime has one home, and each command has its module, docs and tests."""
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,10 +50,11 @@ ONLY = {  # package → the modules that may import it
 }
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).with_suffix("").as_posix()
-        yield name, ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def modules() -> tuple[tuple[str, ast.Module], ...]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    names = (path.relative_to(PACKAGE).with_suffix("").as_posix() for path in paths)
+    return tuple(zip(names, (ast.parse(path.read_text(encoding="utf-8")) for path in paths), strict=True))
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
@@ -74,7 +76,7 @@ def edges(name: str, tree: ast.Module) -> Iterator[str]:
     known = set().union(*LAYERS)
     for found in imports(tree):
         top, *rest = found.split(".")
-        if top == "replk_deploy" and rest and rest[0] in known and rest[0] != name.split("/")[0]:
+        if top == "replk_deploy" and rest and rest[0] in known and rest[0] != name.partition("/")[0]:
             yield rest[0]
 
 
@@ -83,7 +85,7 @@ def rank(part: str) -> int:
 
 
 def violations(name: str, tree: ast.Module) -> list[str]:
-    here = name.split("/")[0]
+    here = name.partition("/")[0]
     if here == "__init__":
         return [f"the package imports {found}" for found in imports(tree)]
     found = []
@@ -100,7 +102,7 @@ def violations(name: str, tree: ast.Module) -> list[str]:
 
 
 def test_every_module_has_its_layer_and_every_layer_its_modules() -> None:
-    here = {name.split("/")[0] for name, _ in modules()} - {"__init__"}
+    here = {name.partition("/")[0] for name, _ in modules()} - {"__init__"}
     assert here == set().union(*LAYERS)
     assert sum(map(len, LAYERS)) == len(here)
 
@@ -111,7 +113,9 @@ def test_imports_go_down(name: str) -> None:
 
 
 def test_no_exception_is_kept_that_nobody_needs() -> None:
-    found = {(name.split("/")[0], part) for name, tree in modules() for part in edges(name, tree) if name != "__init__"}
+    found = {
+        (name.partition("/")[0], part) for name, tree in modules() for part in edges(name, tree) if name != "__init__"
+    }
     assert set(WITHIN) <= found
     homes = {
         owned: {n for n, tree in modules() for i in imports(tree) if f"{i}.".startswith(f"{owned}.")} for owned in ONLY

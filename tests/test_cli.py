@@ -148,7 +148,8 @@ def test_an_interrupt_is_130_and_leaves_nothing(in_empty_folder: Path, ckpt: Pat
     assert not [p for p in in_empty_folder.rglob("*") if p.is_file()]
 
 
-def test_a_bug_of_ours_keeps_its_traceback(ckpt: Path, in_empty_folder: Path, monkeypatch) -> None:
+@pytest.mark.usefixtures("in_empty_folder")
+def test_a_bug_of_ours_keeps_its_traceback(ckpt: Path, monkeypatch) -> None:
     def broken(*_args: object, **_kwargs: object) -> None:
         raise ContractError("a promise is broken")
 
@@ -159,7 +160,8 @@ def test_a_bug_of_ours_keeps_its_traceback(ckpt: Path, in_empty_folder: Path, mo
     assert done.exit_code == 1
 
 
-def test_no_memory_is_unavailable_and_says_so(ckpt: Path, in_empty_folder: Path, monkeypatch) -> None:
+@pytest.mark.usefixtures("in_empty_folder")
+def test_no_memory_is_unavailable_and_says_so(ckpt: Path, monkeypatch) -> None:
     def broken(*_args: object, **_kwargs: object) -> None:
         raise MemoryError
 
@@ -206,7 +208,8 @@ def test_json_on_stdout_is_one_document_and_the_verdict_stands_beside(
     assert '"schema"' not in written.stdout
 
 
-def test_a_json_file_that_cannot_be_written_is_a_refusal(folder: Path) -> None:
+@pytest.mark.usefixtures("folder")
+def test_a_json_file_that_cannot_be_written_is_a_refusal() -> None:
     done = ask("inspect", "ckpt.pth", "--json", "ckpt.pth/x.json")
     assert done.exit_code == 2
     assert last(done.stderr).startswith("ERROR inspect: ")
@@ -237,7 +240,8 @@ def test_another_network_is_3(folder: Path) -> None:
     assert re.fullmatch(r"FAIL verify model\.fp32\.onnx · worst [\d.]+ of allowance", last(done.stdout))
 
 
-def test_unverified_is_said_and_then_refused_with_6(folder: Path) -> None:
+@pytest.mark.usefixtures("folder")
+def test_unverified_is_said_and_then_refused_with_6() -> None:
     done = ask("fuse", "ckpt.pth", "-o", "f.safetensors", "--no-verify")
     assert done.exit_code == 0
     assert last(done.stdout) == "UNVERIFIED fuse RepLKNet-test fp32 · f.safetensors"
@@ -270,7 +274,8 @@ def test_already_fused_is_said(folder: Path) -> None:
     assert last(done.stdout).startswith("PASS fuse")
 
 
-def test_deploy_shows_the_whole_chain(folder: Path) -> None:
+@pytest.mark.usefixtures("folder")
+def test_deploy_shows_the_whole_chain() -> None:
     done = ask("deploy", "ckpt.pth", "--backend", "ort-cpu", "--max-seconds", "0.01", "--size", "64")
     assert done.exit_code == 0
     assert re.fullmatch(r"PASS deploy RepLKNet-test · replk-out/[\w-]+/report\.md", last(done.stdout))
@@ -341,7 +346,8 @@ def test_a_checkpoint_that_cannot_be_taken_is_2_without_a_traceback(
     assert [p.name for p in in_empty_folder.rglob("*")] == ["bad.pth"]
 
 
-def test_a_missing_checkpoint_and_a_foreign_safetensors_are_2(in_empty_folder: Path) -> None:
+@pytest.mark.usefixtures("in_empty_folder")
+def test_a_missing_checkpoint_and_a_foreign_safetensors_are_2() -> None:
     save_file({"weight": torch.ones(2)}, "foreign.safetensors")
     for path in ("missing.pth", "missing.safetensors", "foreign.safetensors", "."):
         done = ask("inspect", path)
@@ -398,7 +404,8 @@ def test_a_line_that_cannot_be_parsed_is_2(line: tuple[str, ...]) -> None:
     assert "Traceback" not in done.output
 
 
-def test_without_a_run_the_way_to_begin_is_shown(in_empty_folder: Path) -> None:
+@pytest.mark.usefixtures("in_empty_folder")
+def test_without_a_run_the_way_to_begin_is_shown() -> None:
     for line in (("export", "--onnx"), ("bench", "--backend", "ort-cpu")):
         done = ask(*line)
         assert done.exit_code == 2
@@ -408,9 +415,10 @@ def test_without_a_run_the_way_to_begin_is_shown(in_empty_folder: Path) -> None:
 # --- terminals ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("columns", [20, 60, 100, 250])
 @pytest.mark.parametrize("line", [("inspect", "ckpt.pth"), ("verify", "ckpt.pth", "ckpt.pth")])
-def test_no_width_loses_the_verdict(folder: Path, monkeypatch, columns: int, line: tuple[str, ...]) -> None:
+def test_no_width_loses_the_verdict(monkeypatch, columns: int, line: tuple[str, ...]) -> None:
     monkeypatch.setattr(render.out, "_width", columns)
     monkeypatch.setattr(render.err, "_width", columns)
     done = ask(*line)

@@ -390,8 +390,10 @@ def test_weights_altered_under_their_verdict_are_refused(run: Path, tmp_path: Pa
     weights.write(forged, model, metadata)
     with pytest.raises(IntegrityError, match="not those its verdict speaks of"):
         pipeline.export(forged, output=tmp_path / "m.onnx")
-    with pytest.raises(IntegrityError, match="not the file that its verdict speaks of"):
+    with pytest.raises(IntegrityError, match="not those its verdict speaks of"):
         pipeline.bench(forged, backends=("torch",))
+    with pytest.raises(IntegrityError, match="not those its verdict speaks of"):
+        pipeline.verify(forged, run / "model.fp32.onnx")
 
 
 def test_a_spoilt_export_is_rejected_and_the_block_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,8 +507,9 @@ def test_the_average_of_a_training_is_another_network(run: Path, ckpt: Path, tmp
 
 def test_outputs_of_unlike_shape_are_a_mismatch(run: Path, tmp_path: Path) -> None:
     backbone = networks.save_as_trained(networks.trained(networks.BACKBONE), tmp_path / "backbone.pth")
-    with pytest.raises(MismatchError, match="stage0"):
-        pipeline.verify(backbone, run / "fused.safetensors")
+    found = pipeline.verify(backbone, run / "fused.safetensors")
+    assert (found.state, found.agreements) == ("rejected", ())
+    assert "'logits': (9, 10)}, the reference {'stage0': (9, 8, 16, 16)" in found.sentence
 
 
 # --- bench --------------------------------------------------------------------------------------------------------

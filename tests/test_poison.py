@@ -131,7 +131,7 @@ def test_about_a_fifth_of_the_gammas_are_negative_and_none_is_trivial(name: str)
 def test_the_statistics_fit_the_activations_and_are_disturbed(name: str, origin: str) -> None:
     model = fresh(name) if origin == "fresh" else networks.trained(networks.GEOMETRIES[name])
     twin, images = poisoned_with_its_images(model, seed=3)
-    assert images.shape == (8, 3, 64, 64)
+    assert images.shape == (8, 3, 96, 96)
     assert 0.9 < float(images.std()) < 1.1
     seen = normalised_inputs(twin, images)
     assert seen.keys() == norms_of(model).keys()

@@ -72,7 +72,7 @@ def put(spot: object, value: float) -> Callable[[Array], Answers]:
 def test_the_right_answer_passes_and_reports_no_error() -> None:
     agreement = judge(answer, repeat=True)
     assert (agreement.passed, agreement.state, agreement.worst, agreement.rel_l2) == (True, "pass", 0, 0)
-    assert agreement.noise == 0
+    assert agreement.noise == pytest.approx(0, abs=1e-14)  # one row alone may sum in another order
     assert agreement.signal > 0.5
     assert [r.image for r in agreement.rows] == list(probe().names)
     assert {r.top1 for r in agreement.rows} == {"same"}
@@ -213,9 +213,9 @@ def in_turn(*candidates: Callable[[Array], Answers]) -> Callable[[Array], Answer
 
 def test_a_candidate_that_answers_otherwise_the_second_time_is_inconclusive() -> None:
     with pytest.raises(InconclusiveError, match="run again") as caught:
-        judge(in_turn(answer, scaled(0.6)), repeat=True)
+        judge(in_turn(answer, scaled(0.6), answer), repeat=True)
     assert caught.value.code is Exit.INCONCLUSIVE
-    agreement = judge(in_turn(answer, scaled(0.4)), repeat=True)
+    agreement = judge(in_turn(answer, scaled(0.4), answer), repeat=True)
     assert agreement.passed
     assert agreement.noise == pytest.approx(0.4 * LIMIT, rel=1e-6)
 
@@ -223,7 +223,7 @@ def test_a_candidate_that_answers_otherwise_the_second_time_is_inconclusive() ->
 @pytest.mark.parametrize("row", [0, 2, 3])
 def test_a_nan_the_second_time_is_inconclusive_in_any_row(row: int) -> None:
     with pytest.raises(InconclusiveError):
-        judge(in_turn(answer, put((row, 3), math.nan)), repeat=True)
+        judge(in_turn(answer, put((row, 3), math.nan), answer), repeat=True)
 
 
 def test_a_candidate_that_keeps_its_buffer_is_judged_by_its_first_answer() -> None:
@@ -231,8 +231,8 @@ def test_a_candidate_that_keeps_its_buffer_is_judged_by_its_first_answer() -> No
     buffer = np.zeros((4, 1000))
 
     def candidate(images: Array) -> Answers:
-        buffer[:] = answer(images)["logits"]
-        return {"logits": buffer}
+        buffer[: len(images)] = answer(images)["logits"]
+        return {"logits": buffer[: len(images)]}
 
     assert judge(candidate, repeat=True).passed
 
