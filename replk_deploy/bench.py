@@ -302,6 +302,8 @@ def measure(
         )
     if not set(percentiles) <= NEEDED.keys():
         raise ReplkError(f"percentiles {percentiles} are not all known", f"choose from {', '.join(map(str, NEEDED))}")
+    if not max_seconds > 0:
+        raise ReplkError(f"{max_seconds} seconds are no time", "give --max-seconds above 0")
     environment = machine.environment()
     lanes = [_Lane(c, clock) for c in contestants]
     for done, lane in enumerate(lanes, start=1):

@@ -114,6 +114,8 @@ def load(path: Path, *, source: Source = "model", head: str | None = None) -> Lo
         doubts.append("it also holds averaged weights: --weights ema takes those")
     if len(heads) > 1:
         doubts.append(f"of the heads {', '.join(heads)} only {head} was kept")
+    if any(t.dtype == torch.float64 for t in tensors.values()):
+        doubts.append("its float64 weights were rounded to float32")
     doubts += _never_updated(tensors)
     return Loaded(
         model=model,
@@ -158,7 +160,7 @@ def _ours(path: Path, metadata: Metadata) -> Loaded:
         wrapper="replk",
         layout="reference",
         ignored=(),
-        selected="",
+        selected=metadata.selected,
         warnings=(),
         preprocessing=metadata.preprocessing,
     )

@@ -27,7 +27,9 @@ class ErrorsAtTheEdge(typer.core.TyperGroup):
         except KeyboardInterrupt:
             render.note("interrupted; temporary files are removed")
             raise typer.Exit(Exit.INTERRUPTED) from None
-        except MemoryError as exc:
+        except (MemoryError, RuntimeError) as exc:
+            if isinstance(exc, RuntimeError) and "can't allocate memory" not in str(exc):
+                raise  # ours, with its traceback
             render.error(
                 ReplkError("memory ran out", "take a smaller --size or --batch, or a machine with more memory")
             )

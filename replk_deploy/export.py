@@ -171,7 +171,7 @@ def check(
         f"{nodes.get('Conv', 0)} convolutions, the network has {convs}": nodes.get("Conv", 0) != convs,
         f"{nodes.get('BatchNormalization', 0)} BatchNorms left": nodes.get("BatchNormalization", 0) > norms,
         f"weights of type {sorted(types)}": not types <= ({row.onnx, "FLOAT"} if embed else {row.onnx}),
-        "paths of this machine in the file": b".py" in text or str(Path.home()).encode() in text,
+        "notes of the exporter's machine in the file": b".py" in text or _noted(graph.graph),
         "a batch dimension that became constant": any(not s.split()[1].startswith(first[0]) for s in outputs.values()),
     }
     wrong = [finding for finding, bad in findings.items() if bad]
@@ -188,6 +188,13 @@ def check(
         batch=batch,
         size=size,
         embeds_preprocessing=embed is not None,
+    )
+
+
+def _noted(graph: onnx.GraphProto) -> bool:
+    """Tell whether anything but names, shapes and weights is left of where the graph was made."""
+    return bool(graph.doc_string or graph.metadata_props) or any(
+        n.doc_string or n.metadata_props for n in (*graph.node, *graph.input, *graph.value_info)
     )
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from replk_deploy.errors import ReplkError
+from replk_deploy.errors import IntegrityError, ReplkError
 from replk_deploy.metadata import PREFIX, Metadata
+from replk_deploy.precision import TOLERANCES
 
+CONV_DIMS = 4
 VERDICT = f"{PREFIX}verdict"
 
 
@@ -31,10 +33,18 @@ def load(path: Path) -> onnx.ModelProto:
 
 def header(path: Path) -> Metadata | None:
     """Read the metadata of an ONNX file; None when it is not one of ours."""
+    model = load(path)
     try:
-        return Metadata.from_strings({p.key: p.value for p in load(path).metadata_props})
+        metadata = Metadata.from_strings({p.key: p.value for p in model.metadata_props})
     except ValueError as exc:
         raise ReplkError(f"{path}: {exc}", "export it again: replk export --onnx") from exc
+    kernels = {onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer if len(t.dims) == CONV_DIMS}
+    if metadata and kernels != {TOLERANCES[metadata.precision].onnx}:
+        raise IntegrityError(
+            f"{path} says {metadata.precision} and holds {', '.join(sorted(kernels)) or 'no'} kernels",
+            "export it again: replk export --onnx",
+        )
+    return metadata
 
 
 def content_hash(path: Path) -> str:

@@ -80,7 +80,9 @@ def read(path: Path, *, classes: int | None) -> Pictures:
         raise ReplkError(f"{path} holds no pictures", EXPECTED)
     if classes is None:
         raise ReplkError("a backbone has no classes to be right about", "leave out --data")
-    if found.labels.min() < 0 or found.labels.max() >= classes or len(found.classes) > classes:
+    if found.classes and len(found.classes) != classes:
+        raise ReplkError(f"{path} has {len(found.classes)} folders, the network {classes} classes", EXPECTED)
+    if found.labels.min() < 0 or found.labels.max() >= classes:
         raise ReplkError(f"{path} has label {found.labels.max()}, the network {classes} classes", EXPECTED)
     return found
 

@@ -50,6 +50,7 @@ class Metadata:
     preprocessing: Preprocessing
     source_sha256: str
     source_name: str
+    selected: str = ""
     version: str = __version__
     verdict: Verdict | None = None
 

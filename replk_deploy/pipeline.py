@@ -63,7 +63,7 @@ from replk_deploy.fuse import Fusion, Level
 from replk_deploy.inspect import Inspection
 from replk_deploy.metadata import Metadata, State, Verdict
 from replk_deploy.models.base import Network
-from replk_deploy.precision import Precision
+from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof
 from replk_deploy.records import live
@@ -137,6 +137,7 @@ class Deployment:
     bench: Mapping[str, Any] | None
     accuracy: tuple[Mapping[str, Any], ...]
     reused: tuple[str, ...]
+    problem: str
     timed: Benched | None = live()
 
     @property
@@ -185,6 +186,7 @@ def _fuse(
     final = output or (run.path(name) if run else Path(name))
     if final.suffix not in {".safetensors", ".pth"}:
         raise ReplkError(f"{final} has no known ending", "end it in .safetensors, or .pth for the reference code")
+    _spare(loaded.path, final)
     oracle = Oracle(loaded.model, loaded.sha256)
     metadata = _metadata(loaded, result.model, size)
     known = metadata.verdict if loaded.metadata and not result.changed else None
@@ -235,6 +237,8 @@ def export(
         fused = _open_fused(latest.take(FUSED), prove=prove)
     else:
         loaded = _load_either(artefact, source, head)
+        if output:
+            _spare(artefact, output)
         fused, run = _fused_source(loaded, output, prove=prove, root=root, progress=progress)
     return _export(
         fused,
@@ -287,9 +291,7 @@ def _export(
                 written = made
                 proof = publish.proved(
                     "export",
-                    lambda: proving.prove_onnx(
-                        fused.oracle, folded, part, written, metadata=metadata, progress=progress
-                    ),
+                    lambda: proving.prove_onnx(fused.oracle, part, written, metadata=metadata, progress=progress),
                 )
         else:
             weights.write(part, proving.cast(folded, precision), metadata)
@@ -334,8 +336,9 @@ def verify(
     if candidate.suffix == ".onnx":
         return publish.proved("verify", lambda: proving.prove_file(oracle, candidate, doubt=doubt, progress=progress))
     other = _load_either(candidate, source, head)
-    if other.metadata is None and loaded.metadata and loaded.metadata.precision != "fp32":
+    if _rounding(loaded) > _rounding(other):
         loaded, other, oracle = other, loaded, Oracle(other.model, other.sha256)  # rounded weights judge nobody
+        doubt = _doubt(loaded)
     shown = size or loaded.preprocessing.size
     return publish.proved(
         "verify", lambda: proving.prove_pair(oracle, other, size=shown, doubt=doubt, progress=progress)
@@ -428,8 +431,12 @@ def deploy(
     chosen, skipped = sources.present(backends)
     reused: list[str] = []
     fused = _resume_fuse(loaded, run, seen.size, reused, progress)
+    if fused.verdict.state not in {"pass", "rejected"}:
+        raise IntegrityError(f"{path} is {fused.verdict.state}", "deploy the training checkpoint, or fuse it again")
     exports: list[Mapping[str, Any]] = []
     for precision in precisions if fused.verdict.state == "pass" else ():
+        if any(e["verdict"]["state"] == "rejected" for e in exports):
+            break
         options = {"precision": precision, "size": seen.size, "batch": str(batch), "embed": embed, "proved": True}
         name = f"model.{precision}.onnx"
         if run.fresh(name, {FUSED: files.sha256(fused.file)}, options):
@@ -444,18 +451,21 @@ def deploy(
     timed: Benched | None = None
     if sound and pictures:
         accuracy = [records.plain(a) for a in _accuracies(loaded, fused, run, exports, pictures, progress)]
-    if sound and chosen:
-        timed = bench(
-            run.folder,
-            backends=chosen,
-            batches=batches,
-            max_seconds=max_seconds,
-            precision=next(
-                (p for p, e in zip(precisions, exports, strict=True) if e["verdict"]["state"] == "pass"), "fp32"
-            ),
-            progress=progress,
-        )
-        timed = dataclasses.replace(timed, skipped=skipped)
+    passed = [p for p, e in zip(precisions, exports, strict=False) if e["verdict"]["state"] == "pass"]
+    failure: ReplkError | None = None
+    if sound and chosen and passed:
+        try:
+            timed = bench(
+                run.folder,
+                backends=chosen,
+                batches=batches,
+                max_seconds=max_seconds,
+                precision=passed[0],
+                progress=progress,
+            )
+            timed = dataclasses.replace(timed, skipped=skipped)
+        except ReplkError as exc:  # the report is written all the same
+            failure = exc
     done = Deployment(
         run=run.name,
         folder=run.folder,
@@ -465,11 +475,20 @@ def deploy(
         bench=records.plain(timed) if timed else None,
         accuracy=tuple(accuracy),
         reused=tuple(reused),
+        problem=str(failure) if failure else "" if passed or not sound else "nothing was timed: no export passed",
         timed=timed,
     )
     files.write_text(run.path("report.json"), records.to_json(done))
     files.write_text(run.path("report.md"), reporting.markdown(records.plain(done)))
+    if failure:
+        raise failure
     return done
+
+
+def _spare(source: Path, output: Path) -> None:
+    """Refuse to write a result over what it is made from."""
+    if output.exists() and output.samefile(source):
+        raise ReplkError(f"{output} is the file to start from", "name another file with -o")
 
 
 def _demand_batches(batches: Sequence[int]) -> None:
@@ -489,6 +508,7 @@ def _metadata(loaded: Loaded, model: Network, size: Size | None) -> Metadata:
         preprocessing=rules if size in {None, rules.size} else dataclasses.replace(rules, size=size, said_by="user"),
         source_sha256=known.source_sha256 if known else loaded.sha256,
         source_name=known.source_name if known else loaded.file,
+        selected=loaded.selected,
         verdict=known.verdict if known else None,
     )
 
@@ -552,7 +572,9 @@ def _fused_source(
     """Return the fused weights of a file, fused first where they are not; a run only where one is concerned."""
     run = Workspace(root / sources.run_name(loaded))
     if loaded.metadata and loaded.form == "folded":
-        return _open_fused(loaded.path, prove=prove), run if loaded.path.parent == run.folder else None
+        return _open_fused(
+            loaded.path, prove=prove
+        ), run if loaded.path.resolve().parent == run.folder.resolve() else None
     if output is None:
         return _fuse(loaded, run, prove=prove, progress=progress), run
     beside = output.with_name(f"{output.stem}.fused.safetensors")
@@ -617,12 +639,14 @@ def _load_either(path: Path, source: Source, head: str | None) -> Loaded:
     return checkpoints.load(path) if ours else checkpoints.load(path, source=source, head=head)
 
 
-def _passed(step: Mapping[str, Any]) -> bool:
-    return bool(step["verdict"]["state"] == "pass")
+def _rounding(loaded: Loaded) -> float:
+    return TOLERANCES[loaded.metadata.precision if loaded.metadata else "fp32"].typical
 
 
 def _doubt(loaded: Loaded) -> str:
     verdict = loaded.metadata.verdict if loaded.metadata else None
     if loaded.metadata and (verdict is None or verdict.state != "pass"):
         return f"the reference {loaded.file} has no passing verdict itself"
+    if loaded.metadata and loaded.metadata.precision != "fp32":
+        return f"the reference {loaded.file} holds weights rounded to {loaded.metadata.precision}"
     return ""

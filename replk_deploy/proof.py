@@ -25,7 +25,7 @@ from replk_deploy.backends.base import Backend
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.bisect import Bisection, BlockAnswer
 from replk_deploy.checkpoint import Loaded
-from replk_deploy.errors import ContractError
+from replk_deploy.errors import InconclusiveError, ReplkError
 from replk_deploy.export import INPUT, Batch, Export, export
 from replk_deploy.fuse import Level, batch_norms, fuse
 from replk_deploy.metadata import Metadata, State
@@ -124,7 +124,7 @@ def prove_fusion(
         progress: told after each comparison.
 
     Raises:
-        ContractError: the poisoned copy's output hardly depends on its input.
+        InconclusiveError: the poisoned copy's output hardly depends on its input.
         MismatchError: shapes differ, or the checkpoint does not survive float32.
     """
     trained, small = oracle.model, (SMALL, SMALL)
@@ -178,7 +178,6 @@ def prove_fusion(
 
 def prove_onnx(
     oracle: Oracle,
-    folded: Network,
     path: Path,
     made: Export,
     *,
@@ -189,7 +188,6 @@ def prove_onnx(
 
     Args:
         oracle: the network that the file stands for, float64.
-        folded: the network that was exported, float32.
         path: the file.
         made: what the file is.
         metadata: of the file.
@@ -202,7 +200,7 @@ def prove_onnx(
     progress("prove ONNX", 0, 3)
     inside = metadata.preprocessing if made.embeds_preprocessing else None
     with open_onnx(path, made.precision) as backend:
-        agreements = [judge_backend("checkpoint", oracle, backend, metadata, precision=made.precision, eager=folded)]
+        agreements = [judge_backend("checkpoint", oracle, backend, metadata, precision=made.precision)]
     progress("prove ONNX", 1, 3)
     twin = poison(oracle.model if batch_norms(oracle.model) else _rebuilt(oracle.model))
     folded_twin = fuse(twin).model
@@ -222,7 +220,6 @@ def prove_onnx(
                     metadata,
                     precision=made.precision,
                     probe=special,
-                    eager=folded_twin,
                     limit=False,
                 )
             )
@@ -236,11 +233,9 @@ def prove_onnx(
             doubt=agreements[0].doubt,
         )
         if proof.state == "rejected":
-            base, net, where = (
-                (oracle, folded, path) if not agreements[0].passed else (poisoned, folded_twin, twin_path)
-            )
+            base, where = (oracle, path) if not agreements[0].passed else (poisoned, twin_path)
             images = torch.from_numpy(verify.normal((SMALL, SMALL) if where == twin_path else made.size).images)
-            eager = bisection.blocks_of(cast(net, made.precision))
+            eager = bisection.blocks_of(eager_of(base.model, made.precision))
             candidate = _onnx_blocks(where, base.model, Path(folder), made.precision)
             proof = _with(proof, bisection.bisect(base.model, candidate, images[:1].double(), eager=eager))
     progress("prove ONNX", 3, 3)
@@ -251,8 +246,8 @@ def prove_weights(oracle: Oracle, stored: Network, precision: Precision, *, size
     """Prove that cast weights, as read back, answer within what their precision costs."""
     probe = verify.normal(size)
     expected = oracle.answers(probe)
-    eager = cast(fuse(oracle.model).model, precision)
-    bound = verify.calibrate(expected, answer_of(eager), probe, precision, limit=True)
+    eager = answer_of(eager_of(oracle.model, precision))
+    bound = verify.calibrate(expected, eager, probe, precision, limit=True)
     agreement = verify.verify(
         expected, answer_of(stored), probe, bound=bound, name="checkpoint", precision=precision, repeat=False
     )
@@ -279,7 +274,7 @@ def prove_pair(
 ) -> Proof:
     """Judge one network by another, each as its file has it."""
     precision = other.metadata.precision if other.metadata else "fp32"
-    eager = answer_of(cast(fuse(oracle.model).model, precision))
+    eager = answer_of(eager_of(oracle.model, precision))
     agreements = []
     natural = verify.normal(size)
     probes = {"special images, 64x64": verify.special((SMALL, SMALL)), f"{size[0]}x{size[1]}": natural}
@@ -296,23 +291,26 @@ def prove_pair(
     found = Proof(edge="verify", agreements=tuple(agreements), modules={}, structure=(), bisection=None, doubt=doubt)
     if found.state == "rejected" and oracle.model.geometry == other.model.geometry:
         images = torch.from_numpy(verify.special((SMALL, SMALL)).images[:2]).double()
-        candidate, blocks = bisection.blocks_of(other.model), bisection.blocks_of(cast(oracle.model, precision))
+        candidate, blocks = bisection.blocks_of(other.model), bisection.blocks_of(eager_of(oracle.model, precision))
         found = dataclasses.replace(found, bisection=bisection.bisect(oracle.model, candidate, images, eager=blocks))
     return found
 
 
 def prove_graphs(reference: Path, candidate: Path, *, progress: Progress = silent) -> Proof:
     """Judge one ONNX file by another; neither has a float64 answer, so a pass is provisional."""
-    metadata = graph.header(candidate) or graph.header(reference)
-    precision = metadata.precision if metadata else "fp32"
+    said = [graph.header(path) for path in (reference, candidate)]
+    precisions = [m.precision if m else "fp32" for m in said]
+    precision = max(precisions, key=lambda p: TOLERANCES[p].typical)
     doubt = "the reference is no float64 network: name the checkpoint or the fused weights to have a proof"
-    with open_onnx(reference, None) as first, open_onnx(candidate, None) as second:
+    with open_onnx(reference, precisions[0]) as first, open_onnx(candidate, precisions[1]) as second:
         progress("verify", 0, 1)
-        probe = probe_for(first, metadata)
+        probe = probe_for(first, said[1] or said[0])
         expected = {
             name: np.asarray(out, np.float64)
             for name, out in verify.any_batch(first.run, first.input.shape[0])(probe.images).items()
         }
+        if not all(np.isfinite(out).all() for out in expected.values()):
+            raise ReplkError(f"{reference} answers NaN or infinity", "name a reference that works")
         row = TOLERANCES[precision]
         bound = verify.fixed(expected, row.factor * row.typical, f"{row.factor:g} x the usual {precision} error")
         answer = verify.any_batch(second.run, second.input.shape[0])
@@ -332,7 +330,6 @@ def judge_backend(
     *,
     precision: Precision | None = None,
     probe: Probe | None = None,
-    eager: Network | None = None,
     limit: bool = True,
 ) -> Agreement:
     """Judge an open backend by the float64 network.
@@ -344,14 +341,13 @@ def judge_backend(
         metadata: of its artefact; tells preprocessing and size where the artefact leaves them open.
         precision: of the artefact, where the open file is its stand-in.
         probe: the images; by default two at the artefact's own size.
-        eager: the fused network, in any type.
         limit: whether to refuse a network that does not survive the precision.
     """
     precision = precision or backend.precision
     inside = metadata.preprocessing if metadata and backend.input.dtype == "uint8" else None
     probe = probe or probe_for(backend, metadata)
     expected = oracle.answers(probe, inside)
-    network = cast(eager or fuse(oracle.model).model, precision)
+    network = eager_of(oracle.model, precision)
     bound = verify.calibrate(expected, answer_of(network, preprocessing=inside), probe, precision, limit=limit)
     return verify.verify(
         expected,
@@ -450,9 +446,23 @@ def _rebuilt(model: Network) -> Network:
 
 def _demand_signal(agreement: Agreement, demanded: bool) -> None:  # noqa: FBT001
     if demanded and not agreement.signal >= SIGNAL:
-        raise ContractError(
-            f"{agreement.name}: two images differ by {agreement.signal:.1e} only, the proof would be blind"
+        raise InconclusiveError(
+            f"{agreement.name}: two images differ by {agreement.signal:.1e} only in the answers: the proof would be blind",
+            "is the head of this checkpoint trained? replk inspect names what was never updated",
         )
+
+
+def eager_of(model: Network, precision: Precision) -> Network:
+    """Return the network as PyTorch runs it at a precision: norms keep float32, as under automatic mixed precision.
+
+    It is never a fused one: a bound that comes from the fusion under test would excuse its bugs.
+    """
+    found, norms = cast(model, precision), tuple(f"{name}." for name in batch_norms(model))
+    kept = {
+        name: t.float() for name, t in model.state_dict().items() if name.startswith(norms) and t.is_floating_point()
+    }
+    found.load_state_dict(kept, strict=False, assign=True)
+    return found.requires_grad_(requires_grad=False)
 
 
 def cast(model: Network, to: torch.dtype | Precision) -> Network:

@@ -20,6 +20,8 @@ def markdown(run: Record) -> str:
         parts += ["## Accuracy", _accuracy(run["accuracy"])]
     if run["bench"]:
         parts += ["## Latency", _latency(run["bench"])]
+    if run["problem"]:
+        parts.append(f"> {run['problem']}")
     parts += ["## Large kernels", _large(seen), "## Files", _files(run)]
     return "\n\n".join(parts) + "\n"
 

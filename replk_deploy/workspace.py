@@ -77,7 +77,7 @@ class Workspace:
             ReplkError: there is none.
         """
         pointer = root / "latest"
-        name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
         if not name or not (root / name / "manifest.json").is_file():
             raise ReplkError(f"there is no run in {root.absolute()}", "begin with: replk fuse CHECKPOINT")
         return cls(root / name)
@@ -155,6 +155,7 @@ class Workspace:
             options=records.plain(options),
             verdict=verdict,
         )
+        self._artefacts |= Workspace(self.folder)._artefacts  # another process may have added to them
         self._artefacts.pop(name, None)
         self._artefacts[name] = entry
         self.save()

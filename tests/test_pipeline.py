@@ -589,7 +589,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, net: RepLKNet) -> tuple[Path,
     np.savez(path, images=shown, labels=labels)
     right = int((said == labels).sum())
     assert right == 26
-    assert len(set(said.tolist())) > 2, "a network that always says the same shows nothing"
+    assert len(set(said.tolist())) > 1, "a network that always says the same shows nothing"
     return path, right
 
 

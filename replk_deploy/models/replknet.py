@@ -20,6 +20,7 @@ from replk_deploy.models import reparam
 from replk_deploy.models.base import Fold, Form, Network, Shapes
 
 CONV_DIMS = 4
+MOST_BLOCKS = 10_000  # a header that asks for more is damaged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +246,8 @@ class RepLKNet(Network):
         for name in ("channels", "depths", "kernels", "dw_channels", "ffn_channels"):
             if not fields[name] or not all(isinstance(n, int) and n > 0 for n in fields[name]):
                 raise ValueError(f"{name} are {fields[name]}")
+        if sum(fields["depths"]) > MOST_BLOCKS:
+            raise ValueError(f"depths are {fields['depths']}")
         return RepLKGeometry(**fields)
 
     def describe(self) -> str:
