@@ -83,6 +83,7 @@ def page(record: dict[str, Any]) -> str:
             numbers = f"{r['rel_l2']:.1e} | {eager} | {r['limit']:.1e} | {r['worst']:.2f}"
             lines.append(f"| {r['file']} | {r['state']} | {numbers} | {r['verdict']} |")
         parts += [f"## {variant}", "\n".join(lines)]
+        parts += [record["variants"][variant]["note"]] if "note" in record["variants"][variant] else []
     limits = ", ".join(f"{p} {TOLERANCES[p].limit:.0e}" for p in PRECISIONS)
     parts.append(f"A checkpoint on which PyTorch's own error is above these limits is refused: {limits}.")
     return "\n\n".join(parts) + "\n"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from replk_deploy.errors import MismatchError, ReplkError
+from replk_deploy.metadata import PREFIX
 from replk_deploy.models.base import Network
 from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.preprocess import Preprocessing
@@ -171,7 +172,7 @@ def check(
         f"{nodes.get('Conv', 0)} convolutions, the network has {convs}": nodes.get("Conv", 0) != convs,
         f"{nodes.get('BatchNormalization', 0)} BatchNorms left": nodes.get("BatchNormalization", 0) > norms,
         f"weights of type {sorted(types)}": not types <= ({row.onnx, "FLOAT"} if embed else {row.onnx}),
-        "notes of the exporter's machine in the file": b".py" in text or _noted(graph.graph),
+        "notes of the exporter's machine in the file": b".py" in text or _noted(graph),
         "a batch dimension that became constant": any(not s.split()[1].startswith(first[0]) for s in outputs.values()),
     }
     wrong = [finding for finding, bad in findings.items() if bad]
@@ -191,9 +192,11 @@ def check(
     )
 
 
-def _noted(graph: onnx.GraphProto) -> bool:
+def _noted(model: onnx.ModelProto) -> bool:
     """Tell whether anything but names, shapes and weights is left of where the graph was made."""
-    return bool(graph.doc_string or graph.metadata_props) or any(
+    graph = model.graph
+    foreign = [p for p in model.metadata_props if not p.key.startswith(PREFIX)]
+    return bool(foreign or model.doc_string or graph.doc_string or graph.metadata_props) or any(
         n.doc_string or n.metadata_props for n in (*graph.node, *graph.input, *graph.value_info)
     )
 

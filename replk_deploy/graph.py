@@ -39,9 +39,9 @@ def header(path: Path) -> Metadata | None:
     except ValueError as exc:
         raise ReplkError(f"{path}: {exc}", "export it again: replk export --onnx") from exc
     kernels = {onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer if len(t.dims) == CONV_DIMS}
-    if metadata and kernels != {TOLERANCES[metadata.precision].onnx}:
+    if metadata and kernels and kernels != {TOLERANCES[metadata.precision].onnx}:
         raise IntegrityError(
-            f"{path} says {metadata.precision} and holds {', '.join(sorted(kernels)) or 'no'} kernels",
+            f"{path} says {metadata.precision} and holds {', '.join(sorted(kernels))} kernels",
             "export it again: replk export --onnx",
         )
     return metadata

@@ -251,7 +251,7 @@ def prove_weights(oracle: Oracle, stored: Network, precision: Precision, *, size
     agreement = verify.verify(
         expected, answer_of(stored), probe, bound=bound, name="checkpoint", precision=precision, repeat=False
     )
-    structure = _structure(oracle.model, stored, "full")
+    structure = (*_structure(oracle.model, stored, "full"), *_misrounded(fuse(oracle.model).model, stored))
     return Proof(edge="export", agreements=(agreement,), modules={}, structure=structure, bisection=None)
 
 
@@ -397,6 +397,17 @@ def _alone(block: Reparam) -> float:
     return worst
 
 
+def _misrounded(exact: Network, stored: Network) -> tuple[str, ...]:
+    """Name the tensors that are not the exact ones rounded once, or twice by way of float32."""
+    wrong = []
+    for name, value in exact.state_dict().items():
+        rounded = stored.state_dict()[name]
+        step = torch.finfo(rounded.dtype).eps * value.abs() + torch.finfo(rounded.dtype).smallest_normal
+        if not ((rounded.double() - value).abs() <= step).all():
+            wrong.append(name)
+    return (f"{len(wrong)} tensors are not the fused ones, rounded: {', '.join(wrong[:3])}",) if wrong else ()
+
+
 def _structure(trained: Network, stored: Network, level: Level) -> tuple[str, ...]:
     left = batch_norms(stored)
     blocks = [n for n, m in stored.named_modules() if isinstance(m, Reparam)]
@@ -447,7 +458,7 @@ def _rebuilt(model: Network) -> Network:
 def _demand_signal(agreement: Agreement, demanded: bool) -> None:  # noqa: FBT001
     if demanded and not agreement.signal >= SIGNAL:
         raise InconclusiveError(
-            f"{agreement.name}: two images differ by {agreement.signal:.1e} only in the answers: the proof would be blind",
+            f"{agreement.name}: answers to two images differ by {agreement.signal:.1e} only, the proof would be blind",
             "is the head of this checkpoint trained? replk inspect names what was never updated",
         )
 

@@ -110,7 +110,7 @@ def off(got: np.ndarray, wanted: np.ndarray) -> float:
     return float((errors / np.linalg.norm(wanted.reshape(len(got), -1), axis=1)).max())
 
 
-ALLOWED = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 0.15}  # correct networks of this size showed a tenth of it
+ALLOWED = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 0.09}  # correct networks of this size showed a tenth of it
 
 
 def test_the_file_answers_as_the_network_does(made: Made) -> None:
@@ -375,8 +375,8 @@ TAMPERED = {
     _second_output: r"outputs \['logits', 'stem.0'\]",
     _frozen_batch: "2x3x40x56",
     _half_of_the_weights: "weights of type",
-    _source_path: "paths of this machine",
-    _home: "paths of this machine",
+    _source_path: "notes of the exporter's machine",
+    _home: "notes of the exporter's machine",
 }
 
 

@@ -32,6 +32,7 @@ def opened(model) -> Loaded:
         wrapper="bare",
         layout="reference",
         ignored=(),
+        selected="",
         warnings=(),
         preprocessing=from_args(None, model.geometry.label),
     )

@@ -109,7 +109,7 @@ def as_tf32(_name: str, array: np.ndarray) -> np.ndarray:
     return ((array.view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def prove(oracle: Oracle, folded: Network, file: File, path: Path | None = None) -> Proof:
+def prove(oracle: Oracle, file: File, path: Path | None = None) -> Proof:
     return proof.prove_onnx(oracle, path or file.path, file.made, metadata=file.metadata)
 
 
@@ -188,19 +188,19 @@ def blind(model: Network, **_options: object) -> Network:
     return twin
 
 
-def test_statistics_that_ignore_the_activations_prove_nothing(oracle, folded, files, monkeypatch) -> None:
+def test_statistics_that_ignore_the_activations_prove_nothing(oracle, files, monkeypatch) -> None:
     stored = cast(fuse(oracle.model).model, torch.float32)
     monkeypatch.setattr(proof, "poison", blind)
     with pytest.raises(InconclusiveError, match="the proof would be blind"):
         proof.prove_fusion(oracle, stored, level="full", size=SIZE)
     with pytest.raises(InconclusiveError, match="the proof would be blind"):
-        prove(oracle, folded, files("fp32"))
+        prove(oracle, files("fp32"))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bytes"])
-def test_a_correct_export_passes_in_both_states(oracle: Oracle, folded: Network, files: Files, kind: str) -> None:
+def test_a_correct_export_passes_in_both_states(oracle: Oracle, files: Files, kind: str) -> None:
     file = files(kind)
-    found = prove(oracle, folded, file)
+    found = prove(oracle, file)
     assert (found.state, found.doubt, found.bisection) == ("pass", "", None)
     assert [a.name for a in found.agreements] == ["checkpoint", "poisoned"]
     assert {a.precision for a in found.agreements} == {file.made.precision}
@@ -214,26 +214,24 @@ def test_a_correct_export_passes_in_both_states(oracle: Oracle, folded: Network,
     assert all(("uniform" in r.image) == (kind == "bytes") for a in found.agreements for r in a.rows)
 
 
-def test_bfloat16_passes_with_a_doubt(oracle: Oracle, folded: Network, files: Files) -> None:
-    found = prove(oracle, folded, files("bf16"))
+def test_bfloat16_passes_with_a_doubt(oracle: Oracle, files: Files) -> None:
+    found = prove(oracle, files("bf16"))
     assert (found.state, found.doubt) == ("provisional", proof.NO_BF16)
     assert all(a.passed and a.state == "provisional" for a in found.agreements)
     assert found.sentence == proof.NO_BF16
 
 
 @pytest.mark.parametrize(("kind", "by"), [("fp32", 1e-2), ("fp16", 20.0)])
-def test_an_onnx_file_with_one_wrong_weight_is_rejected_and_its_block_named(
-    oracle, folded, files, tmp_path, kind, by
-) -> None:
+def test_an_onnx_file_with_one_wrong_weight_is_rejected_and_its_block_named(oracle, files, tmp_path, kind, by) -> None:
     file = files(kind)
-    found = prove(oracle, folded, file, edited(file.path, tmp_path / "bad.onnx", one_off(LARGE, by)))
+    found = prove(oracle, file, edited(file.path, tmp_path / "bad.onnx", one_off(LARGE, by)))
     assert found.state == "rejected"
     assert [a.passed for a in found.agreements] == [False, True]
     assert culprit(found) == "stages.1.blocks.0"
     assert "first wrong block: stages.1.blocks.0" in found.sentence
 
 
-def test_an_exporter_that_errs_on_the_poisoned_copy_only_is_rejected(oracle, folded, files, monkeypatch) -> None:
+def test_an_exporter_that_errs_on_the_poisoned_copy_only_is_rejected(oracle, files, monkeypatch) -> None:
     """A checkpoint can be too tame to show an exporter's bug; the copy is not."""
     file, honest = files("fp32"), proof.export
 
@@ -243,7 +241,7 @@ def test_an_exporter_that_errs_on_the_poisoned_copy_only_is_rejected(oracle, fol
         return made
 
     monkeypatch.setattr(proof, "export", faulty)
-    found = prove(oracle, folded, file)
+    found = prove(oracle, file)
     assert [a.passed for a in found.agreements] == [True, False]
     assert found.state == "rejected"
     assert culprit(found) == "transitions.0.0"

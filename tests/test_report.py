@@ -73,6 +73,7 @@ def run() -> dict[str, Any]:
             step("replk-out/x/model.bf16.onnx", state="provisional", worst=None),
         ],
         "accuracy": [{"step": "trained", "top1": 0.925, "correct": 37, "images": 40, "same_as_first": 40}],
+        "problem": "",
         "bench": {
             "bench": {
                 "baseline": "torch",
