@@ -357,7 +357,10 @@ def bench(
     root: Path = ROOT,
     progress: Progress = silent,
 ) -> Benched:
-    """Time an artefact on runtimes, each verified just before; a run's missing files are built first."""
+    """Time an artefact on runtimes, judged just before where its weights are at hand.
+
+    What a run lacks for a backend is built and proved first.
+    """
     _demand_batches(batches)
     kinds = {name: runtimes.find(name) for name in backends}
     for kind in kinds.values():
