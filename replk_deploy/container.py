@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from replk_deploy.errors import CheckpointError
+from replk_deploy.errors import CheckpointError, first_line
 
 Source = Literal["model", "ema"]
 WRAPPERS: dict[Source, tuple[str, ...]] = {
@@ -205,18 +205,14 @@ def _guarded(path: Path, opened: Callable[[], Any]) -> Any:
         named = re.search(r"GLOBAL ([\w.]+)", str(exc))
         if named:
             raise _refusal(path, [named[1]]) from exc
-        raise CheckpointError(f"{path} is not a checkpoint: {_first_line(exc)}", AGAIN) from exc
+        raise CheckpointError(f"{path} is not a checkpoint: {first_line(exc)}", AGAIN) from exc
     except Exception as exc:  # damaged bytes can fail in any way
-        raise CheckpointError(f"{path} is cut short or damaged: {_first_line(exc)}", AGAIN) from exc
+        raise CheckpointError(f"{path} is cut short or damaged: {first_line(exc)}", AGAIN) from exc
 
 
 def _refusal(path: Path, names: list[str]) -> CheckpointError:
     listed = ", ".join(names)
     return CheckpointError(f"{path} is refused: reading it would run code of {listed}; nothing was run", RESAVE)
-
-
-def _first_line(exc: BaseException) -> str:
-    return str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
 
 
 def _unwrap(path: Path, found: Any, source: Source) -> Contents:

@@ -70,3 +70,8 @@ class InconclusiveError(ReplkError):
 
 class ContractError(AssertionError):
     """A promise between our own parts is broken."""
+
+
+def first_line(exc: BaseException) -> str:
+    """Return the first words of somebody else's error, or its kind when it has none."""
+    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)

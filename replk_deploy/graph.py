@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.errors import IntegrityError, ReplkError, first_line
 from replk_deploy.metadata import PREFIX, Metadata
 from replk_deploy.precision import TOLERANCES
 
@@ -24,7 +24,7 @@ def load(path: Path) -> onnx.ModelProto:
         model = onnx.load(path)
     except Exception as exc:  # protobuf and onnx raise many kinds
         raise ReplkError(
-            f"{path} is not a whole ONNX file: {_first_line(exc)}", "export it again: replk export --onnx"
+            f"{path} is not a whole ONNX file: {first_line(exc)}", "export it again: replk export --onnx"
         ) from exc
     if not model.graph.node:
         raise ReplkError(f"{path} holds no ONNX graph", "export it again: replk export --onnx")
@@ -127,7 +127,3 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: set[ir.Node
         if output is old:
             new.name, old.name = old.name, f"{old.name}.exact"
             graph.outputs[index] = new
-
-
-def _first_line(exc: BaseException) -> str:
-    return str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__

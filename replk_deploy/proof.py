@@ -172,7 +172,8 @@ def prove_fusion(
         if in_checkpoint and fusion_right:  # its file is wrong
             candidate, eager = stored, bisection.blocks_of(cast(trained, torch.float32))
         images = torch.from_numpy(special.images[:2]).double()
-        proof = _with(proof, bisection.bisect(base, bisection.blocks_of(candidate), images, eager=eager))
+        found = bisection.bisect(base, bisection.blocks_of(candidate), images, eager=eager)
+        proof = dataclasses.replace(proof, bisection=found)
     return proof
 
 
@@ -237,7 +238,8 @@ def prove_onnx(
             images = torch.from_numpy(verify.normal((SMALL, SMALL) if where == twin_path else made.size).images)
             eager = bisection.blocks_of(eager_of(base.model, made.precision))
             candidate = _onnx_blocks(where, base.model, Path(folder), made.precision)
-            proof = _with(proof, bisection.bisect(base.model, candidate, images[:1].double(), eager=eager))
+            found = bisection.bisect(base.model, candidate, images[:1].double(), eager=eager)
+            proof = dataclasses.replace(proof, bisection=found)
     progress("prove ONNX", 3, 3)
     return proof
 
@@ -483,7 +485,3 @@ def cast(model: Network, to: torch.dtype | Precision) -> Network:
     copy = type(model).empty(model.geometry, model.form)
     copy.load_state_dict(state, assign=True)
     return copy.requires_grad_(requires_grad=False).eval()
-
-
-def _with(proof: Proof, found: Bisection) -> Proof:
-    return dataclasses.replace(proof, bisection=found)

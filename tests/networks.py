@@ -8,16 +8,9 @@ import torch
 from replk_deploy.models.replknet import VARIANTS, RepLKGeometry, RepLKNet
 from replk_deploy.poison import poison, randomise
 from replk_deploy.proof import cast
+from replk_deploy.selftest import GEOMETRY
 
-SMALL = RepLKGeometry(
-    channels=(8, 12, 16, 24),
-    depths=(1, 1, 2, 1),
-    kernels=(31, 29, 27, 13),
-    small=5,
-    dw_channels=(8, 12, 16, 24),
-    ffn_channels=(32, 48, 64, 96),
-    classes=10,
-)
+SMALL = GEOMETRY  # what the self-test uses
 LIKE_XL = RepLKGeometry(
     channels=(8, 12, 16, 24),
     depths=(1, 1, 1, 1),

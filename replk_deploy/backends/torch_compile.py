@@ -20,7 +20,7 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from replk_deploy.backends.base import Array, Launch
 from replk_deploy.backends.torch import Forward, TorchRuntime
-from replk_deploy.errors import UnavailableError
+from replk_deploy.errors import UnavailableError, first_line
 from replk_deploy.models.base import Network
 
 SHAPES = 64  # input shapes that one process may compile; torch's own limit of 8 is shared by all open files
@@ -86,7 +86,7 @@ class TorchCompile(TorchRuntime):
             try:
                 return super()._run(images)
             except RuntimeError as exc:  # the base of Dynamo's errors, and itself where no frame was compiled
-                raise UnavailableError(f"torch.compile failed: {_first_line(exc)}", "use the backend torch") from exc
+                raise UnavailableError(f"torch.compile failed: {_reason(exc)}", "use the backend torch") from exc
 
 
 def _compiler() -> str:
@@ -100,10 +100,11 @@ def _compiler() -> str:
             return Path(options.get_compiler()).name
     except (InvalidCxxCompiler, CppCompileError, OSError, subprocess.SubprocessError) as exc:
         raise UnavailableError(
-            f"torch.compile needs a C++ compiler that works: {_first_line(exc)}", "apt-get install g++ python3-dev"
+            f"torch.compile needs a C++ compiler that works: {_reason(exc)}", "apt-get install g++ python3-dev"
         ) from exc
 
 
-def _first_line(exc: Exception) -> str:
-    exc = getattr(exc, "inner_exception", exc)  # Dynamo puts "backend raised:" before the words that matter
-    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+def _reason(exc: Exception) -> str:
+    return first_line(
+        getattr(exc, "inner_exception", exc)
+    )  # Dynamo puts "backend raised:" before the words that matter
