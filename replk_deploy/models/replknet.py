@@ -246,8 +246,9 @@ class RepLKNet(Network):
         for name in ("channels", "depths", "kernels", "dw_channels", "ffn_channels"):
             if not fields[name] or not all(isinstance(n, int) and n > 0 for n in fields[name]):
                 raise ValueError(f"{name} are {fields[name]}")
+        stages = range(len(fields["channels"]))
         for name in ("out_indices", "norms"):
-            if not isinstance(fields[name], tuple) or not all(isinstance(n, int) and n >= 0 for n in fields[name]):
+            if not isinstance(fields[name], tuple) or not all(isinstance(n, int) and n in stages for n in fields[name]):
                 raise ValueError(f"{name} are {fields[name]}")
         if sum(fields["depths"]) > MOST_BLOCKS:
             raise ValueError(f"depths are {fields['depths']}")
