@@ -8,6 +8,8 @@ import typer
 import typer.core
 
 from replk_deploy import __version__, render
+from replk_deploy.batch import DYNAMIC
+from replk_deploy.batch import Batch as Range
 from replk_deploy.errors import Exit, ReplkError
 from replk_deploy.precision import PRECISIONS, Precision
 
@@ -130,7 +132,7 @@ def export(
     head: Head = None,
     precision: Precisions = "fp32",
     size: Size = None,
-    batch: Batch = "1:8:64",
+    batch: Batch = str(DYNAMIC),
     embed_preprocess: Annotated[
         bool, typer.Option("--embed-preprocess", help="Take uint8 [N,H,W,3]; normalise in the graph.")
     ] = False,
@@ -151,7 +153,7 @@ def export(
             head=head,
             precision=_precision(precision),
             size=_size(size),
-            batch=_batch(batch),
+            batch=Range.parse(batch),
             embed=embed_preprocess,
             prove=not no_verify,
             progress=progress,
@@ -231,7 +233,7 @@ def deploy(
     head: Head = None,
     precision: Annotated[list[str], typer.Option(metavar="|".join(PRECISIONS), help="Repeatable.")] = ["fp32"],  # noqa: B006
     size: Size = None,
-    batch: Batch = "1:8:64",
+    batch: Batch = str(DYNAMIC),
     embed_preprocess: Annotated[
         bool, typer.Option("--embed-preprocess", help="Take uint8 [N,H,W,3]; normalise in the graph.")
     ] = False,
@@ -251,7 +253,7 @@ def deploy(
             head=head,
             precisions=tuple(_precision(p) for p in dict.fromkeys(precision)),
             size=_size(size),
-            batch=_batch(batch),
+            batch=Range.parse(batch),
             embed=embed_preprocess,
             backends=tuple(dict.fromkeys(backend)),
             batches=tuple(dict.fromkeys(bench_batch)),
@@ -325,13 +327,3 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not found or not int(found[1]) or found[2] == "0":
         raise ReplkError(f"--size {text} is not a size", "write N or HxW, for example 224 or 512x2048")
     return int(found[1]), int(found[2] or found[1])
-
-
-def _batch(text: str) -> Any:
-    from replk_deploy.export import Batch as Range
-
-    parts = text.split(":")
-    numbers = [int(p) for p in parts if p.isdecimal() and int(p) > 0]
-    if len(numbers) != len(parts) or len(numbers) > 3 or numbers != sorted(numbers):  # noqa: PLR2004
-        raise ReplkError(f"--batch {text} is not a batch", "write N, MIN:MAX or MIN:OPT:MAX, for example 1:8:64")
-    return Range(min=numbers[0], opt=numbers[len(numbers) // 2 if len(numbers) > 2 else -1], max=numbers[-1])  # noqa: PLR2004

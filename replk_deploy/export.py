@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from replk_deploy.batch import Batch
 from replk_deploy.errors import MismatchError, ReplkError
 from replk_deploy.metadata import PREFIX
 from replk_deploy.models.base import Network
@@ -29,23 +30,6 @@ from replk_deploy.preprocess import Preprocessing
 
 INPUT = "images"
 LIMIT_BYTES = 2**31 - 2**20  # a protobuf file holds less than 2 GiB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """How many images at a time; `opt` is what a runtime should tune for."""
-
-    min: int
-    opt: int
-    max: int
-
-    @property
-    def dynamic(self) -> bool:
-        """Tell whether the batch may vary."""
-        return self.min != self.max
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}" if self.dynamic else str(self.max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

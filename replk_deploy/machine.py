@@ -45,6 +45,11 @@ def environment() -> dict[str, Fact]:
     return facts | dict(_variables())
 
 
+def versions(*distributions: str) -> dict[str, str | None]:
+    """Return the version of replk and those of distributions."""
+    return {"replk": __version__} | {name: version(name) for name in distributions}
+
+
 def version(distribution: str) -> str | None:
     """Return the installed version of a distribution without importing it; None when it is not there."""
     try:

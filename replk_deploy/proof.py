@@ -23,10 +23,11 @@ from replk_deploy import bisect as bisection
 from replk_deploy import graph, verify
 from replk_deploy.backends.base import Backend
 from replk_deploy.backends.ort import OrtCpu
+from replk_deploy.batch import Batch
 from replk_deploy.bisect import Bisection, BlockAnswer
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.errors import InconclusiveError, ReplkError
-from replk_deploy.export import INPUT, Batch, Export, export
+from replk_deploy.export import INPUT, Export, export
 from replk_deploy.fuse import Level, batch_norms, fuse
 from replk_deploy.metadata import Metadata, State
 from replk_deploy.models.base import Network

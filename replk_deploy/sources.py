@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from replk_deploy import backends as runtimes
-from replk_deploy import graph, weights
+from replk_deploy import checkpoint, graph, weights
 from replk_deploy.backends.base import Backend
 from replk_deploy.checkpoint import Loaded
+from replk_deploy.container import Source
 from replk_deploy.errors import IntegrityError, ReplkError, UnavailableError
 from replk_deploy.metadata import Metadata
 from replk_deploy.models.base import Network
+from replk_deploy.precision import TOLERANCES
 from replk_deploy.proof import Oracle
 from replk_deploy.workspace import Workspace
 
+Size = tuple[int, int]  # height, width
 FUSED = "fused.safetensors"
 
 
@@ -21,6 +24,27 @@ def run_name(loaded: Loaded) -> str:
     words = "".join(c if c.isalnum() else "-" for c in loaded.label.lower())
     origin = loaded.metadata.source_sha256 if loaded.metadata else loaded.sha256
     return "-".join(filter(None, (*words.split("-"), origin[:8], loaded.selected)))
+
+
+def load_either(path: Path, source: Source, head: str | None) -> Loaded:
+    """Open a training checkpoint at `source`, or a file of ours, which holds one set of weights."""
+    ours = path.suffix == ".safetensors" and path.is_file() and path.stat().st_size and weights.header(path)
+    return checkpoint.load(path) if ours else checkpoint.load(path, source=source, head=head)
+
+
+def rounding(loaded: Loaded) -> float:
+    """Return the error that the precision of an open file usually costs."""
+    return TOLERANCES[loaded.metadata.precision if loaded.metadata else "fp32"].typical
+
+
+def doubt(loaded: Loaded) -> str:
+    """Say why an open file is a doubtful reference; empty when it is not."""
+    verdict = loaded.metadata.verdict if loaded.metadata else None
+    if loaded.metadata and (verdict is None or verdict.state != "pass"):
+        return f"the reference {loaded.file} has no passing verdict itself"
+    if loaded.metadata and loaded.metadata.precision != "fp32":
+        return f"the reference {loaded.file} holds weights rounded to {loaded.metadata.precision}"
+    return ""
 
 
 def run_or_file(artefact: Path | None, root: Path) -> tuple[Workspace | None, Path | None]:

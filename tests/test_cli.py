@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from replk_deploy import __version__, pipeline, render
+from replk_deploy import __version__, pipeline, proof, render
 from replk_deploy import bench as benching
 from replk_deploy.cli import app
 from replk_deploy.errors import ContractError
@@ -141,7 +141,7 @@ def test_an_interrupt_is_130_and_leaves_nothing(in_empty_folder: Path, ckpt: Pat
     def interrupted(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.proving, "prove_fusion", interrupted)
+    monkeypatch.setattr(proof, "prove_fusion", interrupted)
     done = ask("fuse", str(ckpt))
     assert done.exit_code == 130
     assert "interrupted" in done.stderr

@@ -17,8 +17,9 @@ from torch import nn
 
 from replk_deploy import export as exporting
 from replk_deploy.backends.ort import OrtCpu
+from replk_deploy.batch import Batch
 from replk_deploy.errors import Exit, MismatchError, ReplkError
-from replk_deploy.export import Batch, Export, check, export
+from replk_deploy.export import Export, check, export
 from replk_deploy.fuse import fuse
 from replk_deploy.graph import content_hash
 from replk_deploy.models.base import Network

@@ -13,10 +13,11 @@ import torch
 
 from replk_deploy import bench as benching
 from replk_deploy import export as exporting
-from replk_deploy import graph, pipeline, weights
+from replk_deploy import files, graph, pipeline, proof, weights
+from replk_deploy import fuse as fusing
 from replk_deploy.backends.ort import OrtCpu
+from replk_deploy.batch import Batch
 from replk_deploy.errors import Exit, IntegrityError, MismatchError, ReplkError, UnavailableError
-from replk_deploy.export import Batch
 from replk_deploy.models import reparam
 from replk_deploy.models.replknet import RepLKGeometry, RepLKNet
 from replk_deploy.preprocess import Preprocessing
@@ -98,7 +99,7 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def answer(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        (logits,) = pipeline.proving.cast(model, torch.float64)(x.double())
+        (logits,) = proof.cast(model, torch.float64)(x.double())
     return logits
 
 
@@ -141,7 +142,7 @@ def test_fuse_to_a_path_writes_that_file_alone_and_it_computes_the_same(
     model, metadata = weights.read(made.file)
     assert off(answer(model, images()), answer(net, images())) < 1e-5
     assert (model.form, metadata.precision, metadata.source_name) == ("folded", "fp32", "checkpoint-best.pth")
-    assert metadata.source_sha256 == pipeline.files.sha256(ckpt)
+    assert metadata.source_sha256 == files.sha256(ckpt)
     assert metadata.verdict == made.verdict
     assert (made.verdict.state, made.verdict.content) == ("pass", weights.content_hash(model))
     assert made.verdict.reference == metadata.source_sha256
@@ -153,7 +154,7 @@ def test_fuse_into_a_run_is_entered_and_becomes_the_latest(finished: tuple[Path,
     run = Workspace.latest(root)
     assert run.folder == folder
     entry = run.entry("fused.safetensors")
-    assert entry.made_from == {"checkpoint-best.pth": pipeline.files.sha256(ckpt)}
+    assert entry.made_from == {"checkpoint-best.pth": files.sha256(ckpt)}
     assert (entry.by, entry.verdict.state) == ("fuse", "pass")
     assert run.take("fused.safetensors").is_file()
     record = json.loads(run.path("results/fused.safetensors.json").read_text())
@@ -208,7 +209,7 @@ def test_fusing_a_proved_merged_file_to_the_end_is_proved(tmp_path: Path, ckpt: 
     merged = pipeline.fuse(ckpt, level="merge", output=tmp_path / "merged.safetensors")
     full = pipeline.fuse(merged.file, output=tmp_path / "full.safetensors")
     assert (full.verdict.state, full.fusion.left) == ("pass", ())
-    assert weights.header(full.file).source_sha256 == pipeline.files.sha256(ckpt)
+    assert weights.header(full.file).source_sha256 == files.sha256(ckpt)
     assert off(answer(weights.read(full.file)[0], images()), answer(net, images())) < 1e-5
 
 
@@ -307,11 +308,11 @@ def test_the_exported_file_says_what_it_is_and_what_vouches_for_it(finished: tup
     path = folder / "model.fp32.onnx"
     metadata = graph.header(path)
     assert (metadata.family, metadata.form, metadata.precision) == ("replknet", "folded", "fp32")
-    assert metadata.source_sha256 == pipeline.files.sha256(ckpt)
+    assert metadata.source_sha256 == files.sha256(ckpt)
     assert metadata.preprocessing.size == SIZE
     assert (metadata.verdict.state, metadata.verdict.content) == ("pass", graph.content_hash(path))
     entry = Workspace.open(folder).entry("model.fp32.onnx")
-    assert entry.made_from == {"fused.safetensors": pipeline.files.sha256(folder / "fused.safetensors")}
+    assert entry.made_from == {"fused.safetensors": files.sha256(folder / "fused.safetensors")}
     assert entry.verdict == metadata.verdict
     text = path.read_bytes()
     for place in (root, ckpt, Path.cwd(), Path.home()):
@@ -419,7 +420,7 @@ def test_an_exporter_that_is_always_wrong_is_caught_beside_o(
     def export(*args: Any, **kwargs: Any) -> Any:
         program = honest(*args, **kwargs)
         value = program.model.graph.initializers["network.transitions.0.0.conv.bias"]
-        value.const_value = pipeline.exporting.ir.tensor(value.const_value.numpy() * 1.5)
+        value.const_value = exporting.ir.tensor(value.const_value.numpy() * 1.5)
         return program
 
     monkeypatch.setattr(torch.onnx, "export", export)
@@ -623,7 +624,7 @@ def test_deploy_proves_counts_times_and_reports(
 ) -> None:
     _, path, done = deployed
     assert (done.state, done.reused) == ("pass", ())
-    assert done.inspection.checkpoint.sha256 == pipeline.files.sha256(path)
+    assert done.inspection.checkpoint.sha256 == files.sha256(path)
     steps = {a["step"]: a for a in done.accuracy}
     assert list(steps) == ["trained", "fused", "ONNX fp32"]
     for step in steps.values():
@@ -655,7 +656,7 @@ def test_a_second_deploy_takes_what_is_there_and_says_so(
         raise AssertionError("a step was done again")
 
     monkeypatch.setattr(exporting, "export", again)
-    monkeypatch.setattr(pipeline.fusing, "fuse", again)
+    monkeypatch.setattr(fusing, "fuse", again)
     before = (run / "model.fp32.onnx").read_bytes()
     done = deploy(path, root)
     assert done.reused == ("fused.safetensors", "model.fp32.onnx")
@@ -694,7 +695,7 @@ def test_other_weights_of_the_same_file_are_never_taken_from_the_run(
         seen.append(fused)
         raise InterruptedError
 
-    monkeypatch.setattr(pipeline, "_export", export)
+    monkeypatch.setattr("replk_deploy.pipeline.exporting.export_fused", export)
     with pytest.raises(InterruptedError):
         deploy(ckpt, run.parent, source="ema", batch=ONE)
     average = networks.trained(TINY, seed=1)

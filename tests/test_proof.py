@@ -15,8 +15,9 @@ from torch import nn
 
 from replk_deploy import checkpoint, graph, proof, verify, weights
 from replk_deploy.backends.ort import OrtCpu
+from replk_deploy.batch import Batch
 from replk_deploy.errors import InconclusiveError, MismatchError
-from replk_deploy.export import Batch, Export, export
+from replk_deploy.export import Export, export
 from replk_deploy.fuse import batch_norms, fuse
 from replk_deploy.metadata import Metadata
 from replk_deploy.models.base import Network

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, final
 import numpy as np
 
 from replk_deploy import optional
-from replk_deploy.backends.base import Array, Arrays, Backend, Launch, TensorSpec
+from replk_deploy.backends.base import DEFAULT, Array, Arrays, Backend, Launch, Settings, TensorSpec
 from replk_deploy.errors import ContractError, ReplkError, UnavailableError
 from replk_deploy.precision import Precision
 
@@ -47,13 +47,14 @@ class OrtCpu(Backend):
         ort = _onnxruntime()
         return {"onnxruntime": ort.__version__, "device": "cpu", "provider": PROVIDER}
 
-    def __init__(self, artefact: Path) -> None:
+    def __init__(self, artefact: Path, settings: Settings = DEFAULT) -> None:
         """Open an ONNX file with one thread per core, as ONNX Runtime does by default.
 
         Raises:
             ReplkError: not a whole ONNX file, or not a network from one image batch to floating outputs.
             UnavailableError: the file needs an operator or a type that has no CPU kernel.
         """
+        del settings  # it honours none
         facts = dict(self.probe())
         self._ort = _onnxruntime()
         options = self._ort.SessionOptions()
@@ -129,6 +130,9 @@ class _Launch:
 
     def wait(self) -> None:
         self._binding.synchronize_outputs()
+
+    def device_ms(self) -> None:
+        """Return None: a CPU has one clock."""
 
 
 def _onnxruntime() -> ModuleType:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from replk_deploy import onednn, weights
-from replk_deploy.backends.base import Array, Arrays, Backend, Launch, TensorSpec
+from replk_deploy.backends.base import DEFAULT, Array, Arrays, Backend, Launch, Settings, TensorSpec
 from replk_deploy.errors import ContractError
 from replk_deploy.models.base import Network
 from replk_deploy.precision import PRECISIONS, TOLERANCES, Precision
@@ -38,13 +38,14 @@ class TorchRuntime(Backend):
         """Return the version, the device and the number of threads."""
         return {"torch": torch.__version__, "device": "cpu", "threads": str(torch.get_num_threads())}
 
-    def __init__(self, artefact: Path) -> None:
+    def __init__(self, artefact: Path, settings: Settings = DEFAULT) -> None:
         """Open a weights file of ours and keep the faster memory layout.
 
         Raises:
             CheckpointError: not a weights file of ours, or damaged.
             UnavailableError: this machine lacks what the runtime needs.
         """
+        del settings
         self.facts = facts = dict(self.probe())
         model, metadata = weights.read(artefact)
         self.precision = metadata.precision
@@ -121,6 +122,9 @@ class _Launch:
 
     def wait(self) -> None:
         """Return at once: on the CPU, enqueue comes back when the answer is there."""
+
+    def device_ms(self) -> None:
+        """Return None: a CPU has one clock."""
 
 
 class _TooSlow(Exception):  # noqa: N818  # a signal between two functions of this file

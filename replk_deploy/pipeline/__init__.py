@@ -1,0 +1,27 @@
+"""One function per command; the only place where the steps meet. Start reading here.
+
+    checkpoint ──fuse──▶ fused.safetensors ──export──▶ model.<precision>.onnx ──build──▶ engine ──bench──▶ latencies
+         └───────────────── proof: every file against the float64 network ─────────────────┘
+
+A file gets its final name only after its proof. One that fails is kept apart, under `rejected`.
+"""
+
+from replk_deploy.pipeline.benching import Benched, bench
+from replk_deploy.pipeline.deploying import Deployment, deploy
+from replk_deploy.pipeline.exporting import Exported, export
+from replk_deploy.pipeline.fusing import Fused, fuse
+from replk_deploy.pipeline.inspecting import inspect
+from replk_deploy.pipeline.verifying import verify
+
+__all__ = [
+    "Benched",
+    "Deployment",
+    "Exported",
+    "Fused",
+    "bench",
+    "deploy",
+    "export",
+    "fuse",
+    "inspect",
+    "verify",
+]

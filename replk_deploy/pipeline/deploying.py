@@ -1,0 +1,176 @@
+"""`replk deploy`: the whole chain, resumed where a run already vouches for a step."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from replk_deploy import checkpoint, files, images, records, sources, weights
+from replk_deploy import evaluate as evaluation
+from replk_deploy import inspect as inspection
+from replk_deploy import proof as proving
+from replk_deploy import report as reporting
+from replk_deploy import verify as verifying
+from replk_deploy.batch import DYNAMIC, Batch
+from replk_deploy.checkpoint import Loaded
+from replk_deploy.container import Source
+from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.inspect import Inspection
+from replk_deploy.metadata import State
+from replk_deploy.pipeline import benching, entries, exporting, fusing
+from replk_deploy.pipeline.benching import Benched
+from replk_deploy.pipeline.exporting import Exported
+from replk_deploy.pipeline.fusing import Fused
+from replk_deploy.precision import Precision
+from replk_deploy.progress import Progress, silent
+from replk_deploy.records import live
+from replk_deploy.sources import FUSED
+from replk_deploy.workspace import ROOT, Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A whole run: each step with its verdict, as it stands in the report."""
+
+    KIND: ClassVar[str] = "deployment"
+    FORMAT: ClassVar[int] = 1
+    DERIVED: ClassVar[tuple[str, ...]] = ("state",)
+
+    run: str
+    folder: Path
+    inspection: Inspection
+    fuse: Mapping[str, Any]
+    exports: tuple[Mapping[str, Any], ...]
+    bench: Mapping[str, Any] | None
+    accuracy: tuple[Mapping[str, Any], ...]
+    reused: tuple[str, ...]
+    problem: str
+    timed: Benched | None = live()
+
+    @property
+    def state(self) -> State:
+        """Return the worst verdict of the chain."""
+        states = [step["verdict"]["state"] for step in (self.fuse, *self.exports)]
+        order: tuple[State, ...] = ("rejected", "unverified", "provisional", "pass")
+        return next(s for s in order if s in states)
+
+
+def deploy(
+    path: Path,
+    *,
+    source: Source = "model",
+    head: str | None = None,
+    precisions: Sequence[Precision] = ("fp32",),
+    size: sources.Size | None = None,
+    batch: Batch = DYNAMIC,
+    embed: bool = False,
+    backends: Sequence[str] = (),
+    batches: Sequence[int] = (1,),
+    max_seconds: float = 20.0,
+    data: Path | None = None,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> Deployment:
+    """Take a checkpoint through the whole chain; what a run already holds and vouches for is taken from it.
+
+    Stops at the first step that is not equivalent; the report says which.
+    """
+    benching.demand_batches(batches)
+    loaded = checkpoint.load(path, source=source, head=head)
+    seen = inspection.inspect(loaded, size=size)
+    run = Workspace(root / sources.run_name(loaded))
+    pictures = images.read(data, classes=loaded.model.geometry.classes) if data else None
+    chosen, skipped = sources.present(backends)
+    reused: list[str] = []
+    fused = fusing.resume(loaded, run, seen.size, reused, progress)
+    if fused.verdict.state not in {"pass", "rejected"}:
+        raise IntegrityError(f"{path} is {fused.verdict.state}", "deploy the training checkpoint, or fuse it again")
+    exports: list[Mapping[str, Any]] = []
+    for precision in precisions if fused.verdict.state == "pass" else ():
+        if any(e["verdict"]["state"] == "rejected" for e in exports):
+            break
+        options = exporting.options_of(precision, seen.size, batch, embed=embed, prove=True)
+        name = f"model.{precision}.onnx"
+        if run.fresh(name, {FUSED: files.sha256(fused.file)}, options):
+            reused.append(name)
+            exports.append(entries.result(run, name, Exported.KIND))
+        else:
+            made = exporting.export_fused(
+                fused, run, precision=precision, size=seen.size, batch=batch, embed=embed, progress=progress
+            )
+            exports.append(records.plain(made))
+    run.make_latest()
+    sound = fused.verdict.state == "pass" and all(e["verdict"]["state"] != "rejected" for e in exports)
+    accuracy: list[Mapping[str, Any]] = []
+    timed: Benched | None = None
+    if sound and pictures:
+        accuracy = [records.plain(a) for a in _accuracies(loaded, fused, run, exports, pictures, progress)]
+    passed = [p for p, e in zip(precisions, exports, strict=False) if e["verdict"]["state"] == "pass"]
+    failure: ReplkError | None = None
+    if sound and chosen and passed:
+        try:
+            timed = benching.bench(
+                run.folder,
+                backends=chosen,
+                batches=batches,
+                max_seconds=max_seconds,
+                precision=passed[0],
+                progress=progress,
+            )
+            timed = dataclasses.replace(timed, skipped=skipped)
+        except ReplkError as exc:  # the report is written all the same
+            failure = exc
+    done = Deployment(
+        run=run.name,
+        folder=run.folder,
+        inspection=seen,
+        fuse=entries.result(run, FUSED, Fused.KIND) if FUSED in reused else records.plain(fused),
+        exports=tuple(exports),
+        bench=records.plain(timed) if timed else None,
+        accuracy=tuple(accuracy),
+        reused=tuple(reused),
+        problem=str(failure) if failure else "" if passed or not sound else "nothing was timed: no export passed",
+        timed=timed,
+    )
+    files.write_text(run.path("report.json"), records.to_json(done))
+    files.write_text(run.path("report.md"), reporting.markdown(records.plain(done)))
+    if failure:
+        raise failure
+    return done
+
+
+def _accuracies(
+    loaded: Loaded,
+    fused: Fused,
+    run: Workspace,
+    exports: Sequence[Mapping[str, Any]],
+    pictures: images.Pictures,
+    progress: Progress,
+) -> list[evaluation.Accuracy]:
+    rules = fused.metadata.preprocessing
+    size = rules.size
+    trained = verifying.answer_of(proving.cast(loaded.model, torch.float32))
+    first = evaluation.evaluate(trained, pictures, rules, step="trained", progress=progress)
+    stored, _ = weights.read(run.take(FUSED))
+    answer = verifying.answer_of(stored)
+    found = [first, evaluation.evaluate(answer, pictures, rules, step="fused", first=first, progress=progress)]
+    for made in exports:
+        precision, path = made["export"]["precision"], run.take(Path(made["file"]).name)
+        made_size = tuple(made["export"]["size"])
+        with proving.open_onnx(path, precision) as backend:
+            taken = verifying.any_batch(backend.run, backend.input.shape[0])
+            found.append(
+                evaluation.evaluate(
+                    taken,
+                    pictures,
+                    rules if made_size == size else dataclasses.replace(rules, size=made_size),
+                    step=f"ONNX {precision}",
+                    first=first,
+                    uint8=made["export"]["embeds_preprocessing"],
+                    progress=progress,
+                )
+            )
+    return found
