@@ -6,6 +6,8 @@ STAMP := .venv/.installed
 
 demo: $(STAMP)  ## take the trained demo checkpoint through the whole chain
 	$(BIN)/replk deploy models/digits.pth --data models/digits-test.npz --precision fp32 --precision fp16
+	if $(BIN)/python -c "import importlib.util as u, sys; sys.exit(not u.find_spec('tensorrt_rtx'))"; then \
+	  $(BIN)/replk build --backend trt-rtx; fi
 
 test: $(STAMP)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

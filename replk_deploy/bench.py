@@ -2,272 +2,110 @@
 
 Contestants run in rounds A B C C B A, one at a time, so that a machine that slowly gets faster or
 slower does the same to all. A round gives one ratio to the baseline; the median of the ratios and
-its interval are the comparison. No sample is ever dropped: the tail is part of what users feel.
+its interval are the comparison.
+
+What concerns GPUs has not yet been executed on one: clocks, device times and throughput are tested
+with false devices.
 """
 
-import itertools
+import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import numpy as np
-
-from replk_deploy import machine
-from replk_deploy.backends.base import Array, Backend, Launch
-from replk_deploy.errors import ContractError, ReplkError
-from replk_deploy.precision import Precision
+from replk_deploy import clocks, machine
+from replk_deploy.backends.base import Array, Backend
+from replk_deploy.clocks import Series, Watch
+from replk_deploy.errors import ReplkError
+from replk_deploy.lanes import Clock, Contestant, Lane, Sleep, once
+from replk_deploy.measurement import NEEDED, Contract, Measurement, Ratio
 from replk_deploy.progress import Progress, silent
-from replk_deploy.quantiles import Quantile, autocorrelation, quantile
-
-Clock = Callable[[], int]  # nanoseconds, never backwards
-
-WARM_MS, WARM_CAP_MS, WARM_SPREAD = 500.0, 10_000.0, 0.01
-WINDOW_MS = 100.0
-REWARM_MS = 50.0  # caches and clocks after another contestant's block
-BLOCK_MS, BLOCK_MANY, BLOCK_FEW, SLOW_MS = 200.0, 30, 3, 100.0
-ROUNDS = 6  # the smallest number whose median has a 95% interval
-TARGET = 0.005  # half-width of the interval of the median at which a measurement is settled
-NEEDED = {50: 6, 90: 36, 99: 500}  # samples without which a percentile is not given
-FAR = 3.0  # interquartile ranges beyond a quartile; such samples are flagged, and kept
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contract:
-    """What was inside the clock; numbers under different contracts never share a ratio."""
-
-    clock: Literal["host"] = "host"
-    inputs: Literal["device", "host"] = "device"
-    copies: bool = False
-    pre_post: bool
-    batch: int
-    shape: tuple[int, ...]
-    dynamic_shapes: bool
-    precision: Precision
-    tf32: bool = False
-    layout: Literal["nchw", "nhwc"]
-    in_flight: int = 1
-    sync: Literal["return", "spin", "block"] = "return"
-    cuda_graph: bool | None = None
-    l2: Literal["hot", "cold"] = "hot"
-    rotate: int
-    idle_ms: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contestant:
-    """One backend at one batch, ready to be timed; `launches` hold distinct inputs that take turns."""
-
-    backend: str
-    launches: tuple[Launch, ...]
-    contract: Contract
-    facts: Mapping[str, str]
-    load_s: float | None = None
-    prepare_s: float | None = None
-    first_inference_ms: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WarmUp:
-    """How a contestant came up to speed: the median of each window, until the last three agree."""
-
-    curve_ms: tuple[float, ...]
-    seconds: float
-    converged: bool
-
-    @property
-    def spread(self) -> float:
-        """Give the distance between the last three windows, as a share of the largest."""
-        last = self.curve_ms[-3:]
-        return (max(last) - min(last)) / max(last) if max(last) > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ratio:
-    """Time over the baseline's, one value a round; below 1 is faster."""
-
-    DERIVED: ClassVar[tuple[str, ...]] = ("median",)
-
-    baseline: str
-    rounds: tuple[float, ...]
-
-    @property
-    def median(self) -> Quantile:
-        """Give the median of the rounds with its interval."""
-        return quantile(self.rounds, 0.5)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One row: every sample of one backend at one batch, and what follows from them.
-
-    Attributes:
-        samples_ms: host time of each inference, in the order taken.
-        blocks: index of the block of each sample; two consecutive blocks are one round.
-        windows: index of the stretch of about 100 ms of each sample.
-        gpu_ms: device time; None on a CPU.
-        ratio: None for the baseline and for a contract that differs from the baseline's.
-        capped: the time ran out before the median was known well enough.
-    """
-
-    DERIVED: ClassVar[tuple[str, ...]] = (
-        *("n", "rounds", "p50_ms", "p90_ms", "p99_ms", "missing", "min_ms", "max_ms", "mean_ms", "iqr_ms"),
-        *("autocorrelation", "images_per_s_from_p50", "flags", "unstable"),
-    )
-
-    backend: str
-    batch: int
-    contract: Contract
-    facts: Mapping[str, str]
-    load_s: float | None
-    prepare_s: float | None
-    first_inference_ms: float | None
-    warmup: WarmUp
-    samples_ms: tuple[float, ...]
-    blocks: tuple[int, ...]
-    windows: tuple[int, ...]
-    gpu_ms: tuple[float, ...] | None = None
-    percentiles: tuple[int, ...]
-    ratio: Ratio | None
-    capped: bool
-
-    @property
-    def n(self) -> int:
-        """Count the samples."""
-        return len(self.samples_ms)
-
-    @property
-    def rounds(self) -> int:
-        """Count the finished rounds."""
-        return (self.blocks[-1] + 1) // 2
-
-    @property
-    def p50_ms(self) -> Quantile:
-        """Give the median; its interval is the wider of those over samples and over block medians."""
-        medians = block_medians(self.samples_ms, self.blocks)
-        return quantile(self.samples_ms, 0.5).wider(quantile(medians, 0.5))
-
-    @property
-    def p90_ms(self) -> Quantile | None:
-        """Give the 90th percentile; None below 36 samples."""
-        return self._tail(90)
-
-    @property
-    def p99_ms(self) -> Quantile | None:
-        """Give the 99th percentile; None below 500 samples."""
-        return self._tail(99)
-
-    def _tail(self, percent: int) -> Quantile | None:
-        return quantile(self.samples_ms, percent / 100) if self.n >= NEEDED[percent] else None
-
-    @property
-    def missing(self) -> Mapping[str, str]:
-        """Say why a percentile is not given."""
-        return {f"p{p}_ms": f"n/a (n={self.n}, needs {NEEDED[p]})" for p in (90, 99) if self.n < NEEDED[p]}
-
-    @property
-    def min_ms(self) -> float:
-        """Give the shortest sample."""
-        return min(self.samples_ms)
-
-    @property
-    def max_ms(self) -> float:
-        """Give the longest sample."""
-        return max(self.samples_ms)
-
-    @property
-    def mean_ms(self) -> float:
-        """Give the mean of all samples."""
-        return float(np.mean(self.samples_ms))
-
-    @property
-    def iqr_ms(self) -> float:
-        """Give the distance between the quartiles."""
-        low, high = np.quantile(self.samples_ms, (0.25, 0.75))
-        return float(high - low)
-
-    @property
-    def autocorrelation(self) -> float | None:
-        """Give the lag-1 autocorrelation; near 0 when samples are independent."""
-        return autocorrelation(self.samples_ms)
-
-    @property
-    def images_per_s_from_p50(self) -> float | None:
-        """Give batch over median latency, one batch in flight; this is not a throughput."""
-        return 1e3 * self.batch / self.p50_ms.value if self.p50_ms.value > 0 else None
-
-    @property
-    def flags(self) -> Mapping[str, tuple[int, ...]]:
-        """Name the samples far from the rest, by index; they count like all others."""
-        low, high = np.quantile(self.samples_ms, (0.25, 0.75))
-        margin = FAR * (high - low)
-        return {"far": tuple(i for i, x in enumerate(self.samples_ms) if not low - margin <= x <= high + margin)}
-
-    @property
-    def unstable(self) -> tuple[str, ...]:
-        """Say in words what speaks against the numbers; empty when nothing does."""
-        doubts = []
-        if not self.warmup.converged:
-            doubts.append(
-                f"warm-up did not settle in {self.warmup.seconds:.1f} s: its last windows differ by"
-                f" {self.warmup.spread:.1%}. Is the machine shared?"
-            )
-        if self.capped:
-            width = self.p50_ms.half_width
-            known = "with no interval" if width is None else f"to ±{width:.2%}"
-            doubts.append(
-                f"time ran out after {self.rounds} rounds: the median is known {known}, wanted ±{TARGET:.1%} in"
-                f" {ROUNDS} rounds. Raise --max-seconds, or quiet the machine"
-            )
-        doubts += [f"p{p} has too few samples: {self.n} of {NEEDED[p]}" for p in self.percentiles if self.n < NEEDED[p]]
-        return tuple(doubts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """Latencies of contestants that ran together, and the machine they ran on."""
+    """Latencies of contestants that ran together, and the machine they ran on.
+
+    Attributes:
+        baseline: backend whose rows the others are divided by.
+        baseline_model: network whose row on the same backend comes first as a divisor; None where none was named.
+        failures: name of a row → why it left the race; its row is there if it had finished a round.
+        gpu: what was read of the GPU from the first warm-up to the end.
+    """
 
     KIND: ClassVar[str] = "bench"
-    FORMAT: ClassVar[int] = 1
+    # 2: rows of several models, device times, clocks, throughput, memory, failures; Ratio.baseline names a row
+    # 1: as first released
+    FORMAT: ClassVar[int] = 2
 
     environment: Mapping[str, str | int | float | bool | None]
     baseline: str
+    baseline_model: str | None
     max_seconds: float
     rows: tuple[Measurement, ...]
+    failures: Mapping[str, str]
+    gpu: Series | None
 
 
 def enter(
-    backend: Backend, batches: Sequence[Array], *, load_s: float | None = None, clock: Clock = time.perf_counter_ns
+    backend: Backend,
+    batches: Sequence[Array],
+    *,
+    model: str = "",
+    cuda_graph: bool = False,
+    idle_ms: float = 0.0,
+    load_s: float | None = None,
+    clock: Clock = time.perf_counter_ns,
 ) -> Contestant:
     """Prepare an open backend for distinct batches of one shape, and time its first inference apart.
 
+    Args:
+        backend: open.
+        batches: they take turns.
+        model: label of the network, where several take part.
+        cuda_graph: whether the backend was opened to replay a captured graph; means nothing on a CPU.
+        idle_ms: pause before each inference, outside the clock.
+        load_s: what opening took.
+        clock: host clock in nanoseconds.
+
     Raises:
-        ReplkError: no batch, batches of unlike shapes, or one that the backend does not take.
+        ReplkError: no batch, batches of unlike shapes, one that the backend does not take, or a negative pause.
     """
     if not batches or len({(batch.shape, batch.dtype) for batch in batches}) != 1:
         raise ReplkError("a contestant needs one or more batches of one shape", "pass batches of equal shape and type")
+    if not (idle_ms >= 0 and math.isfinite(idle_ms)):
+        raise ReplkError(f"{idle_ms} ms is no pause", "give --idle-ms 0 or more")
     start = clock()
     launches = tuple(backend.prepare(batch) for batch in batches)
     prepared = clock()
-    first_ms = _once(launches[0], clock)
-    raw = backend.input.dtype == "uint8"
+    first = once(launches[0], clock)
+    raw, cuda = backend.input.dtype == "uint8", backend.device == "cuda"
     contract = Contract(
         pre_post=raw,
         batch=len(batches[0]),
         shape=batches[0].shape,
         dynamic_shapes=None in backend.input.shape,
         precision=backend.precision,
+        tf32=cuda and backend.precision == "tf32",
         layout="nhwc" if raw else "nchw",
+        sync="spin" if cuda else "return",  # CUDA's own choice where cores are free; no backend asks for another
+        cuda_graph=cuda_graph if cuda else None,
         rotate=len(batches),
+        idle_ms=idle_ms,
     )
     return Contestant(
+        model=model,
         backend=backend.name,
+        device=backend.device,
         launches=launches,
         contract=contract,
         facts=backend.facts,
+        memory_mib=backend.memory_mib,
         load_s=load_s,
         prepare_s=(prepared - start) / 1e9,
-        first_inference_ms=first_ms,
+        first_inference_ms=first.host_ms,
     )
 
 
@@ -275,158 +113,137 @@ def measure(
     contestants: Sequence[Contestant],
     *,
     baseline: str | None = None,
+    baseline_model: str | None = None,
     percentiles: tuple[int, ...] = (50, 90),
     max_seconds: float = 60.0,
     clock: Clock = time.perf_counter_ns,
+    sleep: Sleep = time.sleep,
+    watch: Watch | None = None,
     progress: Progress = silent,
 ) -> Bench:
     """Time contestants in turns until each median is known to ±0.5%, or the time is up.
 
+    A contestant that fails leaves the race and keeps the rounds that it finished.
+
     Args:
-        contestants: unlike in backend or batch.
-        baseline: backend whose row of the same contract the others are divided by; the first by default.
+        contestants: unlike in model, backend, batch or graph.
+        baseline: backend whose row of the same model and contract the others are divided by; the first by default.
+        baseline_model: network whose row on the same backend the others are divided by, or, where it has none
+            there, its row on the baseline.
         percentiles: of 50, 90 and 99; enough samples are taken for each.
         max_seconds: of timed rounds, per contestant; no round starts that would probably pass it,
             but the first is always finished.
         clock: host clock in nanoseconds.
-        progress: told after each warm-up and each round.
+        sleep: pauses, in seconds.
+        watch: reads the clocks of the GPU; by default NVML, if a contestant runs on one.
+        progress: told after each warm-up, round and throughput.
 
     Raises:
-        ReplkError: no contestant, two alike, or a baseline that is not among them.
+        ReplkError: no contestant, two alike, or a baseline that is not among them; the last failure when
+            all have failed.
     """
-    names = [(c.backend, c.contract.batch) for c in contestants]
-    chosen = baseline if baseline is not None else next(iter(names), ("", 0))[0]
-    if not contestants or len(set(names)) != len(names) or chosen not in {name for name, _ in names}:
-        raise ReplkError(
-            f"cannot race {names} against {chosen!r}", "name each backend and batch once, and a baseline among them"
-        )
+    chosen = _chosen(contestants, baseline, baseline_model)
     if not set(percentiles) <= NEEDED.keys():
         raise ReplkError(f"percentiles {percentiles} are not all known", f"choose from {', '.join(map(str, NEEDED))}")
     if not max_seconds > 0:
         raise ReplkError(f"{max_seconds} seconds are no time", "give --max-seconds above 0")
     environment = machine.environment()
-    lanes = [_Lane(c, clock) for c in contestants]
+    with contextlib.ExitStack() as held:
+        if watch is None and any(c.device == "cuda" for c in contestants):
+            watch = held.enter_context(clocks.watching(machine.visible_gpus(), clock=clock))
+        watch = watch or clocks.Blind()
+        begun = clock()
+        lanes = [Lane(c, clock, sleep, watch) for c in contestants]
+        _race(lanes, percentiles, max_seconds, clock, progress)
+        series = clocks.series(watch, begun, clock())
+    return Bench(
+        environment=environment,
+        baseline=chosen,
+        baseline_model=baseline_model,
+        max_seconds=max_seconds,
+        rows=tuple(
+            lane.row(_ratio(lane, _base(lane, lanes, chosen, baseline_model)), percentiles)
+            for lane in lanes
+            if lane.rounds
+        ),
+        failures={lane.contestant.name: lane.failure for lane in lanes if lane.failure},
+        gpu=series,
+    )
+
+
+def _chosen(contestants: Sequence[Contestant], baseline: str | None, model: str | None) -> str:
+    """Return the backend that is the baseline."""
+    names = [c.name for c in contestants]
+    chosen = baseline if baseline is not None else next((c.backend for c in contestants), "")
+    known = {c.backend for c in contestants}, {c.model for c in contestants} | {None}
+    if len(set(names)) != len(names) or chosen not in known[0] or model not in known[1]:
+        against = " ".join(filter(None, (model, chosen)))
+        raise ReplkError(
+            f"cannot race {names} against {against!r}", "name each contestant once, and a baseline among them"
+        )
+    return chosen
+
+
+def _race(
+    lanes: Sequence[Lane], percentiles: tuple[int, ...], max_seconds: float, clock: Clock, progress: Progress
+) -> None:
+    """Warm up, run rounds until all have settled or the time is up, then fill the queues.
+
+    Raises:
+        ReplkError: the last failure, when every contestant has failed.
+    """
+    running, fallen = list(lanes), list[ReplkError]()
+
+    def attempt(lane: Lane, step: Callable[[], None]) -> None:
+        if lane in running:
+            try:
+                step()
+            except ReplkError as exc:
+                lane.left = lane.failure = exc.problem
+                running.remove(lane)
+                fallen.append(exc)
+
     for done, lane in enumerate(lanes, start=1):
-        lane.warm_up()
+        attempt(lane, lane.warm_up)
         progress("warm-up", done, len(lanes))
     limit_ns = max_seconds * len(lanes) * 1e9
     start, longest, done = clock(), 0, 0
-    while True:
+    while running:
         begun = clock()
-        for lane in (*lanes, *reversed(lanes)):
-            lane.block()
+        for lane in (*running, *reversed(running)):
+            attempt(lane, lane.block)
+        for lane in running:
+            lane.settle(percentiles)
         longest, done = max(longest, clock() - begun), done + 1
         progress("bench", done, None)
-        settled = [done >= ROUNDS and lane.settled(percentiles) for lane in lanes]
-        if all(settled) or clock() - start + longest > limit_ns:
+        if all(lane.settled for lane in running) or clock() - start + longest > limit_ns:
             break
-    rows = tuple(
-        lane.row(_ratio(lane, lanes, chosen), percentiles, capped=not ok)
-        for lane, ok in zip(lanes, settled, strict=True)
-    )
-    return Bench(environment=environment, baseline=chosen, max_seconds=max_seconds, rows=rows)
+    if not running:
+        raise fallen[-1]
+    queueing = [lane for lane in running if lane.queues]
+    for done, lane in enumerate(queueing, start=1):
+        try:
+            lane.flow()
+        except ReplkError as exc:  # its latencies stand
+            lane.failure = f"no throughput: {exc.problem}"
+        progress("throughput", done, len(queueing))
 
 
-def block_medians(samples_ms: Sequence[float], blocks: Sequence[int]) -> tuple[float, ...]:
-    """Return the median of each block, in order."""
-    pairs = itertools.groupby(zip(blocks, samples_ms, strict=True), key=lambda pair: pair[0])
-    return tuple(float(np.median([sample for _, sample in group])) for _, group in pairs)
+def _base(lane: Lane, lanes: Sequence[Lane], backend: str, model: str | None) -> Lane | None:
+    """Return the contestant that one is divided by; None when it is the baseline itself, or has none."""
+    own = lane.contestant
+    known = {
+        (other.contestant.model, other.contestant.backend): other
+        for other in lanes
+        if other.contestant.contract == own.contract and other.rounds
+    }
+    wanted = [(own.model, backend)] if model is None else [(model, own.backend), (model, backend)]
+    base = next((known[key] for key in wanted if key in known), None)
+    return None if base is lane else base
 
 
-class _Lane:
-    """What one contestant has shown so far."""
-
-    def __init__(self, contestant: Contestant, clock: Clock) -> None:
-        self.contestant, self._clock = contestant, clock
-        self._turns: Iterator[Launch] = itertools.cycle(contestant.launches)
-        self._warmup: WarmUp | None = None
-        self.samples: list[float] = []
-        self.blocks: list[int] = []
-        self.windows: list[int] = []
-
-    def warm_up(self) -> None:
-        """Run until the last three windows agree, or the cap is reached."""
-        curve: list[float] = []
-        start = self._clock()
-        while True:
-            curve.append(float(np.median(self._window(WINDOW_MS))))
-            spent_ms = (self._clock() - start) / 1e6
-            shown = WarmUp(curve_ms=tuple(curve), seconds=spent_ms / 1e3, converged=False)
-            steady = len(curve) >= 3 and spent_ms >= WARM_MS and shown.spread <= WARM_SPREAD  # noqa: PLR2004
-            if steady or spent_ms >= WARM_CAP_MS:
-                self._warmup = WarmUp(curve_ms=shown.curve_ms, seconds=shown.seconds, converged=steady)
-                return
-
-    def block(self) -> None:
-        """Take one block of samples, after a short re-warm."""
-        self._window(REWARM_MS)
-        index = self.blocks[-1] + 1 if self.blocks else 0
-        window = self.windows[-1] + 1 if self.windows else 0
-        start, taken = self._clock(), 0
-        usual_ms = self._warm().curve_ms[-1]
-        wanted = BLOCK_FEW if usual_ms > SLOW_MS else BLOCK_MANY
-        while taken < wanted or (self._clock() - start) / 1e6 < BLOCK_MS:
-            stretch = int((self._clock() - start) / 1e6 // WINDOW_MS)
-            self.samples.append(_once(next(self._turns), self._clock))
-            self.blocks.append(index)
-            self.windows.append(window + stretch)
-            taken += 1
-
-    def settled(self, percentiles: tuple[int, ...]) -> bool:
-        """Tell whether the median is known well enough, and each percentile has its samples."""
-        medians = quantile(block_medians(self.samples, self.blocks), 0.5)
-        width = quantile(self.samples, 0.5).wider(medians).half_width
-        return width is not None and width <= TARGET and all(len(self.samples) >= NEEDED[p] for p in percentiles)
-
-    def row(self, ratio: Ratio | None, percentiles: tuple[int, ...], *, capped: bool) -> Measurement:
-        """Write down what was seen."""
-        c = self.contestant
-        return Measurement(
-            backend=c.backend,
-            batch=c.contract.batch,
-            contract=c.contract,
-            facts=c.facts,
-            load_s=c.load_s,
-            prepare_s=c.prepare_s,
-            first_inference_ms=c.first_inference_ms,
-            warmup=self._warm(),
-            samples_ms=tuple(self.samples),
-            blocks=tuple(self.blocks),
-            windows=tuple(self.windows),
-            percentiles=percentiles,
-            ratio=ratio,
-            capped=capped,
-        )
-
-    def round_means(self) -> tuple[float, ...]:
-        """Return, per round, the mean of its two block medians."""
-        medians = block_medians(self.samples, self.blocks)
-        return tuple((a + b) / 2 for a, b in zip(medians[::2], medians[1::2], strict=True))
-
-    def _window(self, length_ms: float) -> list[float]:
-        start = self._clock()
-        times: list[float] = []
-        while not times or (self._clock() - start) / 1e6 < length_ms:
-            times.append(_once(next(self._turns), self._clock))
-        return times
-
-    def _warm(self) -> WarmUp:
-        if self._warmup is None:
-            raise ContractError("a block was taken before the warm-up")
-        return self._warmup
-
-
-def _once(launch: Launch, clock: Clock) -> float:
-    start = clock()
-    launch.enqueue()
-    launch.wait()
-    return (clock() - start) / 1e6
-
-
-def _ratio(lane: _Lane, lanes: Sequence[_Lane], baseline: str) -> Ratio | None:
-    contract = lane.contestant.contract
-    base = next((b for b in lanes if b.contestant.backend == baseline and b.contestant.contract == contract), None)
-    if base is None or base is lane:
+def _ratio(lane: Lane, base: Lane | None) -> Ratio | None:
+    if base is None:
         return None
-    pairs = zip(lane.round_means(), base.round_means(), strict=True)
-    return Ratio(baseline=baseline, rounds=tuple(own / other for own, other in pairs))
+    pairs = zip(lane.round_means(), base.round_means(), strict=False)  # one may have left earlier
+    return Ratio(baseline=base.contestant.name, rounds=tuple(own / other for own, other in pairs))

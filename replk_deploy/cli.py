@@ -1,17 +1,32 @@
 """The command line: parse, call one function of `pipeline`, render, exit."""
 
-import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
-from replk_deploy import __version__, render
+from replk_deploy import __version__, options, render
 from replk_deploy.batch import DYNAMIC
 from replk_deploy.batch import Batch as Range
 from replk_deploy.errors import Exit, ReplkError
-from replk_deploy.precision import PRECISIONS, Precision
+from replk_deploy.options import (
+    AllowUnverified,
+    Artefact,
+    Batch,
+    Checkpoint,
+    ConvSearch,
+    Device,
+    Head,
+    Json,
+    Layout,
+    NoVerify,
+    Output,
+    Precision,
+    Size,
+    Weights,
+)
+from replk_deploy.precision import PRECISIONS
 
 
 class ErrorsAtTheEdge(typer.core.TyperGroup):
@@ -47,19 +62,6 @@ app = typer.Typer(
     help="From a RepLKNet training checkpoint to a proved ONNX model and a latency table.",
 )
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint: .pth, .pt, .pkl or .safetensors.")]
-Artefact = Annotated[Path | None, typer.Argument(help="A run folder or one file; by default the latest run.")]
-Weights = Annotated[str, typer.Option("--weights", metavar="model|ema", help="Which weights of a training checkpoint.")]
-Head = Annotated[str | None, typer.Option(help="Which of several classifier heads to keep.")]
-Size = Annotated[str | None, typer.Option(metavar="N|HxW", help="Input size; by default what the checkpoint says.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of into the run folder.")]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the proof; the file is marked unverified.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
-Batch = Annotated[str, typer.Option(metavar="N|MIN:MAX|MIN:OPT:MAX", help="Images at a time.")]
-Precisions = Annotated[
-    str, typer.Option("--precision", metavar="|".join(PRECISIONS), help="Type of weights and results.")
-]
-
 
 @app.callback(invoke_without_command=True)
 def version(*, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -76,7 +78,7 @@ def inspect(
     """Say what a checkpoint is: network, form, costs, health."""
     from replk_deploy import pipeline
 
-    seen = pipeline.inspect(checkpoint, source=_source(weights), head=head, size=_size(size))
+    seen = pipeline.inspect(checkpoint, source=options.source_of(weights), head=head, size=options.size_of(size))
     last = f"inspect {seen.checkpoint.label}: every tensor has its place"
     render.show(seen, lambda: render.inspection(seen), last, "pass", as_json=as_json)
 
@@ -103,9 +105,9 @@ def fuse(
             checkpoint,
             output=output,
             level="full" if level == "full" else "merge",
-            source=_source(weights),
+            source=options.source_of(weights),
             head=head,
-            size=_size(size),
+            size=options.size_of(size),
             prove=not no_verify,
             progress=progress,
         )
@@ -130,7 +132,7 @@ def export(
     output: Output = None,
     weights: Weights = "model",
     head: Head = None,
-    precision: Precisions = "fp32",
+    precision: Precision = "fp32",
     size: Size = None,
     batch: Batch = str(DYNAMIC),
     embed_preprocess: Annotated[
@@ -149,10 +151,10 @@ def export(
             artefact,
             onnx=onnx,
             output=output,
-            source=_source(weights),
+            source=options.source_of(weights),
             head=head,
-            precision=_precision(precision),
-            size=_size(size),
+            precision=options.precision_of(precision),
+            size=options.size_of(size),
             batch=Range.parse(batch),
             embed=embed_preprocess,
             prove=not no_verify,
@@ -185,11 +187,78 @@ def verify(
 
     with render.bars() as progress:
         found = pipeline.verify(
-            reference, candidate, source=_source(weights), head=head, size=_size(size), progress=progress
+            reference,
+            candidate,
+            source=options.source_of(weights),
+            head=head,
+            size=options.size_of(size),
+            progress=progress,
         )
     last = f"verify {candidate.name} · worst {found.worst:.2f} of allowance"
     render.show(found, lambda: render.proof(found), last, found.state, as_json=as_json)
     _exit(found.state)
+
+
+@app.command()
+def build(
+    artefact: Artefact = None,
+    *,
+    backend: Annotated[str, typer.Option(help="Runtime that opens a built file: trt, trt-rtx, aoti.")],
+    output: Output = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="|".join(PRECISIONS), help="Which exported file of a run; else the newest.")
+    ] = None,
+    batch: Annotated[
+        list[str], typer.Option(metavar="N|MIN:MAX|MIN:OPT:MAX", help="Images at a time; repeatable, a profile each.")
+    ] = [],  # noqa: B006  # typer copies it
+    level: Annotated[int | None, typer.Option(min=0, max=5, help="Builder optimisation level.")] = None,
+    workspace_mib: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of a layer, in MiB.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="Kept there between builds.")] = None,
+    compute_capability: Annotated[
+        list[str], typer.Option(metavar="X.Y", help="Of a GPU to build for; repeatable; else the GPU at hand.")
+    ] = [],  # noqa: B006
+    hardware: Annotated[
+        Literal["none", "ampere-plus", "same-compute-capability"],
+        typer.Option(help="Other GPUs that may open the engine."),
+    ] = "none",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Let later versions of the runtime open the engine.")
+    ] = False,
+    refittable: Annotated[bool, typer.Option("--refittable", help="Let its weights be replaced later.")] = False,
+    refit: Annotated[
+        Path | None, typer.Option(metavar="ENGINE", help="Replace the weights of this engine instead of building.")
+    ] = None,
+    no_verify: NoVerify = False,
+    allow_unverified: AllowUnverified = False,
+    as_json: Json = None,
+) -> None:
+    """Build the engine of a runtime from an exported file, and judge it where it can run."""
+    from replk_deploy import pipeline
+    from replk_deploy.backends.base import Recipe
+
+    recipe = Recipe(
+        batches=tuple(Range.parse(text) for text in dict.fromkeys(batch)),
+        level=level,
+        workspace_mib=workspace_mib,
+        timing_cache=timing_cache,
+        compute_capabilities=tuple(dict.fromkeys(compute_capability)),
+        hardware=hardware,
+        version_compatible=version_compatible,
+        refittable=refittable,
+    )
+    with render.bars() as progress:
+        made = pipeline.build(
+            artefact,
+            backend=backend,
+            output=output,
+            precision=options.precision_of(precision) if precision else None,
+            recipe=recipe,
+            refit=refit,
+            prove=not no_verify,
+            allow_unverified=allow_unverified,
+            progress=progress,
+        )
+    _finish(made, lambda: render.engine(made), f"build {backend} {made.sidecar.precision}", as_json)
 
 
 @app.command()
@@ -198,31 +267,112 @@ def bench(
     *,
     backend: Annotated[list[str], typer.Option(help="Runtime; repeatable, the first is the baseline.")],
     batch: Annotated[list[int], typer.Option(help="Images at a time; repeatable.")] = [1],  # noqa: B006  # typer copies it
-    max_seconds: Annotated[float, typer.Option(help="Cap on the timed part, per backend and batch.")] = 60.0,
+    baseline: Annotated[
+        list[str], typer.Option(metavar="timm:NAME", help="Another network beside ours; repeatable.")
+    ] = [],  # noqa: B006
+    cuda_graph: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="Replay a CUDA graph; auto measures with and without.")
+    ] = "auto",
+    device: Device = "auto",
+    layout: Layout = "auto",
+    conv_search: ConvSearch = "exhaustive",
+    max_seconds: Annotated[float, typer.Option(help="Cap on the timed part, per row.")] = 60.0,
     percentile: Annotated[list[int], typer.Option(help="50, 90 or 99: enough samples are taken for it.")] = [50, 90],  # noqa: B006
-    allow_unverified: Annotated[
-        bool, typer.Option("--allow-unverified", help="Time a file that no verdict vouches for.")
-    ] = False,
+    idle_ms: Annotated[float, typer.Option(help="Pause before each inference, outside the clock.")] = 0.0,
+    require_stable: Annotated[bool, typer.Option("--require-stable", help="Exit 7 when a row did not settle.")] = False,
+    allow_unverified: AllowUnverified = False,
     as_json: Json = None,
 ) -> None:
     """Time an artefact on runtimes, interleaved; none that no verdict vouches for."""
     from replk_deploy import pipeline
+    from replk_deploy.backends.base import Settings
 
     with render.bars() as progress:
         timed = pipeline.bench(
             artefact,
             backends=tuple(dict.fromkeys(backend)),
             batches=tuple(dict.fromkeys(batch)),
+            baselines=tuple(dict.fromkeys(baseline)),
+            settings=Settings(device=device, layout=layout, conv_search=conv_search),
+            cuda_graph=cuda_graph,
             max_seconds=max_seconds,
             percentiles=tuple(percentile),
+            idle_ms=idle_ms,
             allow_unverified=allow_unverified,
             progress=progress,
         )
     rows = timed.bench.rows
-    stable = "" if not any(r.unstable for r in rows) else " · unstable, see notes"
-    last = f"bench {', '.join(f'{r.backend} b{r.batch} {r.p50_ms.value:.2f} ms' for r in rows)}{stable}"
-    state = "unverified" if timed.unverified else "pass"
+    unstable, failed = any(r.unstable for r in rows), len(timed.bench.failures)
+    words = [f"{r.name} {r.p50_ms.value:.2f} ms" for r in rows]
+    last = f"bench {', '.join(words)}{' · unstable, see notes' if unstable else ''}"
+    if failed:
+        last += f" · {failed} rows failed"
+    state = "error" if failed else "unverified" if timed.unverified else "pass"
+    if state == "pass" and unstable and require_stable:
+        state = "inconclusive"
     render.show(timed.bench, lambda: render.latency(timed), last, state, as_json=as_json)
+    raise typer.Exit({"error": Exit.UNAVAILABLE, "inconclusive": Exit.INCONCLUSIVE}.get(state, Exit.OK))
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(help="A bench record, or a folder of them, one per process.")],
+    new: Annotated[Path, typer.Argument(help="Likewise.")],
+    *,
+    max_regress: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="As 3%: exit 4 when a row is slower by more.")
+    ] = None,
+    require_stable: Annotated[bool, typer.Option("--require-stable", help="Exit 7 when a row is ambiguous.")] = False,
+    as_json: Json = None,
+) -> None:
+    """Say of each row of two bench records whether it is the same, faster, slower or ambiguous."""
+    from replk_deploy import pipeline
+
+    found = pipeline.compare(base, new, max_regress=options.share_of(max_regress))
+    state = "regression" if found.regressed else "inconclusive" if require_stable and found.ambiguous else "pass"
+    last = f"compare {', '.join(f'{row.name} {row.word} {row.ratio:.3f}' for row in found.rows)}"
+    render.show(found, lambda: render.comparison(found), last, state, as_json=as_json)
+    raise typer.Exit({"regression": Exit.REGRESSION, "inconclusive": Exit.INCONCLUSIVE}.get(state, Exit.OK))
+
+
+@app.command()
+def profile(
+    artefact: Artefact = None,
+    *,
+    backend: Annotated[str, typer.Option(help="Runtime.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    repeats: Annotated[int, typer.Option(min=3, help="Inferences that are timed.")] = 20,
+    device: Device = "auto",
+    layout: Layout = "auto",
+    allow_unverified: AllowUnverified = False,
+    as_json: Json = None,
+) -> None:
+    """Time each layer, with its share, its work and what the device could do at best."""
+    from replk_deploy import pipeline
+    from replk_deploy.backends.base import Settings
+
+    with render.bars() as progress:
+        found = pipeline.profile(
+            artefact,
+            backend=backend,
+            batch=batch,
+            repeats=repeats,
+            settings=Settings(device=device, layout=layout),
+            allow_unverified=allow_unverified,
+            progress=progress,
+        )
+    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%}"
+    render.show(found, lambda: render.profile(found), last, "pass", as_json=as_json)
+
+
+@app.command()
+def doctor(*, as_json: Json = None) -> None:
+    """Say what this machine can run, what is missing, and what does not work together."""
+    from replk_deploy import doctor as medicine
+
+    found = medicine.doctor()
+    last = f"doctor {len(found.ready)} backends ready: {', '.join(found.ready)}"
+    render.show(found, lambda: render.doctor(found), last, "pass", as_json=as_json)
 
 
 @app.command()
@@ -249,10 +399,10 @@ def deploy(
     with render.bars() as progress:
         done = pipeline.deploy(
             checkpoint,
-            source=_source(weights),
+            source=options.source_of(weights),
             head=head,
-            precisions=tuple(_precision(p) for p in dict.fromkeys(precision)),
-            size=_size(size),
+            precisions=tuple(options.precision_of(p) for p in dict.fromkeys(precision)),
+            size=options.size_of(size),
             batch=Range.parse(batch),
             embed=embed_preprocess,
             backends=tuple(dict.fromkeys(backend)),
@@ -306,24 +456,3 @@ def _finish(made: Any, words: Any, what: str, as_json: Path | None) -> None:
 def _exit(state: str) -> None:
     if state == "rejected":
         raise typer.Exit(Exit.MISMATCH)
-
-
-def _source(text: str) -> Any:
-    if text not in {"model", "ema"}:
-        raise ReplkError(f"--weights {text} is not known", "choose model or ema")
-    return text
-
-
-def _precision(text: str) -> Precision:
-    if text not in PRECISIONS:
-        raise ReplkError(f"--precision {text} is not known", f"choose from {', '.join(PRECISIONS)}")
-    return text
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not found or not int(found[1]) or found[2] == "0":
-        raise ReplkError(f"--size {text} is not a size", "write N or HxW, for example 224 or 512x2048")
-    return int(found[1]), int(found[2] or found[1])

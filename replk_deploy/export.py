@@ -152,6 +152,9 @@ def check(
     findings = {
         f"opset {opset}, asked for {row.opset}": opset != row.opset,
         f"input {inputs}, asked for {wanted_input}": inputs != wanted_input,
+        f"outputs {outputs}, asked for {row.onnx}": not all(
+            said.startswith(f"{row.onnx} ") for said in outputs.values()
+        ),
         f"outputs {list(outputs)}, asked for {list(model.geometry.outputs)}": tuple(outputs) != model.geometry.outputs,
         f"{nodes.get('Conv', 0)} convolutions, the network has {convs}": nodes.get("Conv", 0) != convs,
         f"{nodes.get('BatchNormalization', 0)} BatchNorms left": nodes.get("BatchNormalization", 0) > norms,

@@ -15,6 +15,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def writable(folder: Path) -> None:
+    """Create a folder where there is none.
+
+    Raises:
+        ReplkError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ReplkError(
+            f"{folder} cannot be written: {exc.strerror}", "name another place with -o, or run in another folder"
+        ) from exc
+
+
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; it is gone when the block ends, unless `commit` took it.
@@ -23,8 +37,8 @@ def staged(path: Path) -> Iterator[Path]:
         ReplkError: the folder cannot be created or written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    writable(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
     except OSError as exc:
         raise ReplkError(

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 
-from replk_deploy import __version__
+from replk_deploy import __version__, clocks
 
 Fact = str | int | float | bool | None
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
+PACKAGES = (
+    *("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy"),
+    *("openvino", "tensorrt", "tensorrt-rtx", "cuda-core"),
+)
 VARIABLES = ("OMP_NUM_THREADS", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "MKL_", "OPENBLAS_", "KMP_")
 CONTAINERS = ("kubepods", "docker", "lxc", "podman")
 MIB = 2**20
@@ -38,11 +41,20 @@ def environment() -> dict[str, Fact]:
         "replk": __version__,
         "git": _git(),
         "torch_threads": None,
+        "torch_cuda": None,
+        "cudnn": None,
     }
     facts |= {package: version(package) for package in PACKAGES}
     if "torch" in sys.modules:  # importing it here would take seconds and change what is being measured
-        facts["torch_threads"] = sys.modules["torch"].get_num_threads()
-    return facts | dict(_variables())
+        torch = sys.modules["torch"]
+        facts |= {"torch_threads": torch.get_num_threads(), "torch_cuda": torch.version.cuda}
+        facts["cudnn"] = torch.backends.cudnn.version() if torch.version.cuda else None
+    return facts | clocks.facts(visible_gpus()) | dict(_variables())
+
+
+def visible_gpus() -> str | None:
+    """Return CUDA_VISIBLE_DEVICES, as `clocks` takes it; None when every GPU is visible."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def versions(*distributions: str) -> dict[str, str | None]:
@@ -107,7 +119,8 @@ def _git() -> str | None:
 def _variables() -> Iterator[tuple[str, Fact]]:
     for name, value in sorted(os.environ.items()):
         if name.startswith(VARIABLES):
-            yield f"env.{name}", "(a path)" if "/" in value or "\\" in value else value
+            path, uuid = "/" in value or "\\" in value, "GPU-" in value or "MIG-" in value
+            yield f"env.{name}", "(a path)" if path else "(a UUID)" if uuid else value
 
 
 def _line(path: Path) -> str | None:

@@ -40,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
-    """What a file of ours says of itself."""
+    """What a file of ours says of itself; `batch` is the range of an ONNX file, as Batch.parse reads it."""
 
     family: str
     form: Form
@@ -51,6 +51,7 @@ class Metadata:
     source_sha256: str
     source_name: str
     selected: str = ""
+    batch: str = ""
     version: str = __version__
     verdict: Verdict | None = None
 

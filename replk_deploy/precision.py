@@ -4,12 +4,15 @@ A candidate is judged against what its precision costs PyTorch on the same check
 images: with e the relative L2 error of eager PyTorch at that precision against float64, the bound
 is `factor`·max(e, 1e-7). `limit` bounds e itself: above it the checkpoint does not survive the
 precision. Evidence for each row: docs/errors.md.
+
+tf32 is stored like fp32 and permits a GPU to round the operands of its matrix products to 10 bits of
+mantissa; fp32 forbids it. Where TF32 does not exist, a tf32 file is computed and judged as fp32.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FLOOR = 1e-7  # below this, float32 results differ by the order of a few additions
 ALGEBRA = 1e-12  # float64 gate of a fusion where float32 errs by 5e-5 or less; see algebra_gate
@@ -35,6 +38,7 @@ class Tolerance:
 
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(onnx="FLOAT", opset=20, factor=10, limit=1e-4, typical=2e-6),
+    "tf32": Tolerance(onnx="FLOAT", opset=20, factor=3, limit=5e-2, typical=3e-3),
     "fp16": Tolerance(onnx="FLOAT16", opset=20, factor=3, limit=5e-2, typical=4e-3),
     "bf16": Tolerance(onnx="BFLOAT16", opset=22, factor=3, limit=2e-1, typical=3e-2),
 }
@@ -48,3 +52,8 @@ def algebra_gate(eager_fp32: float) -> float:
     1e-5, seven orders above.
     """
     return max(ALGEBRA, 10 * eager_fp32 * 2.0**-29)
+
+
+def on_cpu(precision: Precision) -> Precision:
+    """Return what a CPU computes in for a file of this precision."""
+    return "fp32" if precision == "tf32" else precision

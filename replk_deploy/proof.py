@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from replk_deploy import bisect as bisection
-from replk_deploy import graph, verify
+from replk_deploy import graph, tf32, verify
 from replk_deploy.backends.base import Backend
 from replk_deploy.backends.ort import OrtCpu
-from replk_deploy.batch import Batch
 from replk_deploy.bisect import Bisection, BlockAnswer
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.errors import InconclusiveError, ReplkError
@@ -33,14 +32,15 @@ from replk_deploy.metadata import Metadata, State
 from replk_deploy.models.base import Network
 from replk_deploy.models.reparam import Reparam
 from replk_deploy.poison import poison, randomise
-from replk_deploy.precision import ALGEBRA, TOLERANCES, Precision
+from replk_deploy.precision import ALGEBRA, TOLERANCES, Precision, on_cpu
 from replk_deploy.preprocess import Preprocessing
 from replk_deploy.progress import Progress, silent
 from replk_deploy.verify import SIGNAL, Agreement, Probe, answer_of
 
 SMALL = 64
-TWIN_BATCH = 3
 NO_BF16 = "no bfloat16 kernels in ONNX Runtime on a CPU: proved by the float32 twin of the same graph, rounded as it is"
+
+NO_FLOAT64 = "the reference is no float64 network: name the checkpoint or the fused weights to have a proof"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,10 +206,9 @@ def prove_onnx(
     progress("prove ONNX", 1, 3)
     twin = poison(oracle.model if batch_norms(oracle.model) else _rebuilt(oracle.model))
     folded_twin = fuse(twin).model
-    twin_batch = Batch(min=1, opt=TWIN_BATCH, max=16) if made.batch.dynamic else Batch(min=1, opt=1, max=1)
     with tempfile.TemporaryDirectory() as folder:
         twin_path = Path(folder) / "twin.onnx"
-        export(folded_twin, twin_path, precision=made.precision, size=(SMALL, SMALL), batch=twin_batch, embed=inside)
+        export(folded_twin, twin_path, precision=made.precision, size=(SMALL, SMALL), batch=made.batch, embed=inside)
         progress("prove ONNX", 2, 3)
         special = verify.pictures((SMALL, SMALL), count=4) if inside else verify.special((SMALL, SMALL))
         poisoned = Oracle(twin, oracle.sha256)
@@ -223,6 +222,7 @@ def prove_onnx(
                     precision=made.precision,
                     probe=special,
                     limit=False,
+                    largest=made.batch.max,
                 )
             )
         _demand_signal(agreements[-1], demanded=True)
@@ -237,7 +237,7 @@ def prove_onnx(
         if proof.state == "rejected":
             base, where = (oracle, path) if not agreements[0].passed else (poisoned, twin_path)
             images = torch.from_numpy(verify.normal((SMALL, SMALL) if where == twin_path else made.size).images)
-            eager = bisection.blocks_of(eager_of(base.model, made.precision))
+            eager = bisection.blocks_of(eager_of(base.model, on_cpu(made.precision)))
             candidate = _onnx_blocks(where, base.model, Path(folder), made.precision)
             found = bisection.bisect(base.model, candidate, images[:1].double(), eager=eager)
             proof = dataclasses.replace(proof, bisection=found)
@@ -247,6 +247,7 @@ def prove_onnx(
 
 def prove_weights(oracle: Oracle, stored: Network, precision: Precision, *, size: tuple[int, int]) -> Proof:
     """Prove that cast weights, as read back, answer within what their precision costs."""
+    precision = on_cpu(precision)
     probe = verify.normal(size)
     expected = oracle.answers(probe)
     eager = answer_of(eager_of(oracle.model, precision))
@@ -264,19 +265,31 @@ def prove_file(oracle: Oracle, path: Path, *, doubt: str = "", progress: Progres
     precision = metadata.precision if metadata else None
     with open_onnx(path, precision) as backend:
         progress("verify", 0, 1)
-        agreement = judge_backend("checkpoint", oracle, backend, metadata, precision=precision)
-    agreement = dataclasses.replace(agreement, doubt=agreement.doubt or doubt)
+        found = prove_backend("verify", oracle, backend, metadata, precision=precision, doubt=doubt)
     progress("verify", 1, 1)
-    return Proof(
-        edge="verify", agreements=(agreement,), modules={}, structure=(), bisection=None, doubt=agreement.doubt
-    )
+    return found
+
+
+def prove_backend(
+    edge: str,
+    oracle: Oracle,
+    backend: Backend,
+    metadata: Metadata | None,
+    *,
+    precision: Precision | None = None,
+    doubt: str = "",
+) -> Proof:
+    """Judge an open backend by the float64 network, at the size that its artefact states."""
+    agreement = judge_backend("checkpoint", oracle, backend, metadata, precision=precision)
+    agreement = dataclasses.replace(agreement, doubt=agreement.doubt or doubt)
+    return Proof(edge=edge, agreements=(agreement,), modules={}, structure=(), bisection=None, doubt=agreement.doubt)
 
 
 def prove_pair(
     oracle: Oracle, other: Loaded, *, size: tuple[int, int], doubt: str = "", progress: Progress = silent
 ) -> Proof:
     """Judge one network by another, each as its file has it."""
-    precision = other.metadata.precision if other.metadata else "fp32"
+    precision = on_cpu(other.metadata.precision) if other.metadata else "fp32"
     eager = answer_of(eager_of(oracle.model, precision))
     agreements = []
     natural = verify.normal(size)
@@ -304,25 +317,36 @@ def prove_graphs(reference: Path, candidate: Path, *, progress: Progress = silen
     said = [graph.header(path) for path in (reference, candidate)]
     precisions = [m.precision if m else "fp32" for m in said]
     precision = max(precisions, key=lambda p: TOLERANCES[p].typical)
-    doubt = "the reference is no float64 network: name the checkpoint or the fused weights to have a proof"
     with open_onnx(reference, precisions[0]) as first, open_onnx(candidate, precisions[1]) as second:
         progress("verify", 0, 1)
-        probe = probe_for(first, said[1] or said[0])
-        expected = {
-            name: np.asarray(out, np.float64)
-            for name, out in verify.any_batch(first.run, first.input.shape[0])(probe.images).items()
-        }
-        if not all(np.isfinite(out).all() for out in expected.values()):
-            raise ReplkError(f"{reference} answers NaN or infinity", "name a reference that works")
-        row = TOLERANCES[precision]
-        bound = verify.fixed(expected, row.factor * row.typical, f"{row.factor:g} x the usual {precision} error")
-        answer = verify.any_batch(second.run, second.input.shape[0])
-        agreement = dataclasses.replace(
-            verify.verify(expected, answer, probe, bound=bound, name="graphs", precision=precision, doubt=doubt),
-            against="the reference graph",
-        )
+        agreement = _judge_by_graph(first, second, said[1] or said[0], on_cpu(precision))
     progress("verify", 1, 1)
-    return Proof(edge="verify", agreements=(agreement,), modules={}, structure=(), bisection=None, doubt=doubt)
+    return _by_graph("verify", agreement)
+
+
+def prove_by_graph(reference: Path, backend: Backend, metadata: Metadata | None, *, edge: str = "build") -> Proof:
+    """Judge an open backend by an ONNX file on ONNX Runtime's CPU provider; a pass is provisional."""
+    with open_onnx(reference, backend.precision) as first:
+        return _by_graph(edge, _judge_by_graph(first, backend, metadata, backend.precision))
+
+
+def _by_graph(edge: str, agreement: Agreement) -> Proof:
+    return Proof(edge=edge, agreements=(agreement,), modules={}, structure=(), bisection=None, doubt=agreement.doubt)
+
+
+def _judge_by_graph(
+    reference: Backend, candidate: Backend, metadata: Metadata | None, precision: Precision
+) -> Agreement:
+    probe = probe_for(reference, metadata)
+    expected = {name: np.asarray(out, np.float64) for name, out in verify.any_batch(reference)(probe.images).items()}
+    if not all(np.isfinite(out).all() for out in expected.values()):
+        raise ReplkError("the reference graph answers NaN or infinity", "name a reference that works")
+    row = TOLERANCES[precision]
+    bound = verify.fixed(expected, row.factor * row.typical, f"{row.factor:g} x the usual {precision} error")
+    agreement = verify.verify(
+        expected, verify.any_batch(candidate), probe, bound=bound, name="graphs", precision=precision, doubt=NO_FLOAT64
+    )
+    return dataclasses.replace(agreement, against="the reference graph")
 
 
 def judge_backend(
@@ -334,6 +358,7 @@ def judge_backend(
     precision: Precision | None = None,
     probe: Probe | None = None,
     limit: bool = True,
+    largest: int = 0,
 ) -> Agreement:
     """Judge an open backend by the float64 network.
 
@@ -345,8 +370,12 @@ def judge_backend(
         precision: of the artefact, where the open file is its stand-in.
         probe: the images; by default two at the artefact's own size.
         limit: whether to refuse a network that does not survive the precision.
+        largest: batch in which the images are judged once more.
     """
+    twin = precision == "bf16" != backend.precision
     precision = precision or backend.precision
+    if backend.device == "cpu":
+        precision = on_cpu(precision)
     inside = metadata.preprocessing if metadata and backend.input.dtype == "uint8" else None
     probe = probe or probe_for(backend, metadata)
     expected = oracle.answers(probe, inside)
@@ -354,12 +383,13 @@ def judge_backend(
     bound = verify.calibrate(expected, answer_of(network, preprocessing=inside), probe, precision, limit=limit)
     return verify.verify(
         expected,
-        verify.any_batch(backend.run, backend.input.shape[0]),
+        verify.any_batch(backend),
         probe,
         bound=bound,
         name=name,
         precision=precision,
-        doubt=NO_BF16 if precision == "bf16" else "",
+        largest=largest,
+        doubt=NO_BF16 if twin else "",
     )
 
 
@@ -446,7 +476,7 @@ def _onnx_blocks(path: Path, reference: Network, folder: Path, precision: Precis
         part = folder / "block.onnx"
         onnx.save(extractor.extract_model([source], [result]), part)
         with OrtCpu(part) as backend:
-            run = verify.any_batch(backend.run, backend.input.shape[0])
+            run = verify.any_batch(backend)
             (out,) = run(x.numpy().astype(np.float32)).values()
         return torch.from_numpy(out)
 
@@ -476,6 +506,8 @@ def eager_of(model: Network, precision: Precision) -> Network:
         name: t.float() for name, t in model.state_dict().items() if name.startswith(norms) and t.is_floating_point()
     }
     found.load_state_dict(kept, strict=False, assign=True)
+    if precision == "tf32":
+        tf32.emulate(found)
     return found.requires_grad_(requires_grad=False)
 
 

@@ -51,6 +51,6 @@ def place(part: Path, final: Path, verdict: Verdict, run: Workspace | None) -> P
     """Give a file its name when its verdict allows that, and a rejected one another name."""
     if verdict.state == "rejected":
         apart = final.with_name(f"{final.stem}.rejected{final.suffix}")
-        final = run.path(f"rejected/{final.name}") if run and final.parent == run.folder else apart
+        final = run.path(f"rejected/{final.name}") if run and final.is_relative_to(run.folder) else apart
     files.commit(part, final)
     return final

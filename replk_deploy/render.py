@@ -4,6 +4,7 @@ Results go to stdout, all else to stderr, and the last line is always one verdic
 narrow: what does not fit in 60 columns stands on a line of its own.
 """
 
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 WORDS = {"pass": "PASS", "provisional": "PASS (provisional)", "unverified": "UNVERIFIED", "rejected": "FAIL"} | {
     "inconclusive": "INCONCLUSIVE",
+    "regression": "FAIL",
     "error": "ERROR",
 }
 COLOURS = {
@@ -31,6 +33,7 @@ COLOURS = {
     "unverified": "yellow",
     "rejected": "red",
     "inconclusive": "yellow",
+    "regression": "red",
     "error": "red",
 }
 
@@ -149,29 +152,65 @@ def proof(found: Any) -> None:
 
 
 def latency(found: Any) -> None:
-    """Print one row a backend and batch, medians with their intervals."""
-    table = _table("backend", "batch", "p50 ms", "p90 ms", "p99 ms", "ratio", title="latency")
-    for row in found.bench.rows:
-        alone = "baseline" if row.backend == found.bench.baseline else "–"
-        ratio = _quantile(row.ratio.median, 2) if row.ratio else alone
-        table.add_row(
-            row.backend,
-            str(row.batch),
-            _quantile(row.p50_ms),
-            _quantile(row.p90_ms) if row.p90_ms else "n/a",
-            _quantile(row.p99_ms) if row.p99_ms else "n/a",
-            ratio,
-        )
+    """Print one row a network, backend and batch, medians with their intervals."""
+    rows, timed = found.bench.rows, found.bench
+    gpu, flow = any(r.gpu_p50_ms for r in rows), any(r.throughput for r in rows)
+    heads = ["row", "p50 ms", "p90 ms", "p99 ms", *(["GPU p50 ms"] if gpu else []), *(["images/s"] if flow else [])]
+    table = _table(*heads, "ratio", title="latency")
+    for row in rows:
+        alone = "baseline" if row.backend == timed.baseline and row.model == (timed.baseline_model or "") else "–"
+        cells = [row.name, *(_quantile(q) if q else "n/a" for q in (row.p50_ms, row.p90_ms, row.p99_ms))]
+        cells += [_quantile(row.gpu_p50_ms) if row.gpu_p50_ms else "–"] if gpu else []
+        cells += [f"{row.throughput.images_per_s:.0f}" if row.throughput else "–"] if flow else []
+        table.add_row(*cells, _quantile(row.ratio.median, 2) if row.ratio else alone)
     out.print(table)
-    first = found.bench.rows[0].contract
-    out.print(
-        f"{first.precision}, host clock, input in place, 95% intervals; ratio is time over {found.bench.baseline}'s"
-    )
-    for row in found.bench.rows:
-        for why in row.unstable:
-            out.print(f"[yellow]note[/] {row.backend}, batch {row.batch}: {escape(why)}", soft_wrap=True)
+    first, base = rows[0].contract, timed.baseline_model or timed.baseline
+    out.print(f"{first.precision}, host clock, input in place, 95% intervals; ratio is time over {escape(base)}'s")
+    for row in rows:
+        for why in (*row.notes, *row.unstable):
+            out.print(f"[yellow]note[/] {escape(row.name)}: {escape(why)}", soft_wrap=True)
+    for name, why in timed.failures.items():
+        out.print(f"[red]left[/] {escape(name)}: {escape(why)}", soft_wrap=True)
     for name, judged in found.agreements.items():
-        out.print(f"{name} on {escape(found.artefacts[name])}: {escape(judged.sentence)}", soft_wrap=True)
+        file = found.artefacts.get(name)
+        out.print(f"{escape(f'{name} on {file}' if file else name)}: {escape(judged.sentence)}", soft_wrap=True)
+
+
+def comparison(found: Any) -> None:
+    """Print each row of two sides with its ratio and word."""
+    table = _table("row", "base ms", "new ms", "new / base", "word", title="compare")
+    colours = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow", "SAME": "default"}
+    for row in found.rows:
+        low, high = row.interval or (None, None)
+        interval = "" if low is None else f"\n[dim]{low:.3f}-{high:.3f}[/]"
+        medians = [f"{statistics.median(side.p50_ms):.3f}" for side in (row.base, row.new)]
+        table.add_row(row.name, *medians, f"{row.ratio:.3f}{interval}", f"[{colours[row.word]}]{row.word}[/]")
+    out.print(table)
+    for side, names in (("base", found.only_in_base), ("new", found.only_in_new)):
+        if names:
+            out.print(f"only in {side}: {escape(', '.join(names))}", soft_wrap=True)
+    for doubt in found.doubts:
+        out.print(f"[yellow]note[/] {escape(doubt)}", soft_wrap=True)
+    for name in found.regressions:
+        out.print(f"[red]slower[/] {escape(name)}: by more than {found.max_regress:.1%}", soft_wrap=True)
+
+
+def engine(made: Any) -> None:
+    """Print what an engine is and how far it is from float64."""
+    said = made.sidecar
+    shape = "x".join("?" if d is None else str(d) for d in said.input.shape)
+    facts = {
+        "from": said.source,
+        "input": f"{said.input.name} {said.input.dtype} {shape}",
+        "batches": ", ".join(map(str, said.batches)) or "any",
+        "for": ", ".join(f"{k} {v}" for k, v in said.made_with.items()),
+        "sidecar": f"{made.file.name}.json",
+    }
+    pairs(facts | {name: value for name, value in said.facts.items() if value})
+    if made.proof:
+        proof(made.proof)
+    if made.absent:
+        out.print(f"[yellow]note[/] not run here: {escape(made.absent)}", soft_wrap=True)
 
 
 def accuracy(steps: Sequence[Any]) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from replk_deploy import backends as runtimes
 from replk_deploy import checkpoint, graph, weights
-from replk_deploy.backends.base import Backend
+from replk_deploy.backends import sidecar
+from replk_deploy.backends.base import Backend, Engine
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.container import Source
 from replk_deploy.errors import IntegrityError, ReplkError, UnavailableError
@@ -62,23 +63,47 @@ def run_or_file(artefact: Path | None, root: Path) -> tuple[Workspace | None, Pa
     return None, artefact
 
 
-def check_kind(path: Path, kind: type[Backend]) -> None:
-    """Raise ReplkError when a backend starts from the other kind of file."""
-    wanted = ".onnx" if kind.takes == "onnx" else ".safetensors"
-    if path.suffix == wanted:
+def opens(kind: type[Backend]) -> str:
+    """Return the ending of the file that a backend opens."""
+    return kind.suffix if issubclass(kind, Engine) else starts_from(kind)
+
+
+def starts_from(kind: type[Backend]) -> str:
+    """Return the ending of the file of a run that a backend starts from."""
+    return ".onnx" if kind.takes == "onnx" else ".safetensors"
+
+
+def check_kind(path: Path, kind: type[Backend], ending: str) -> None:
+    """Raise ReplkError when a backend wants a file of another ending."""
+    if path.suffix == ending:
         return
-    how = "replk export --onnx" if wanted == ".onnx" else "replk fuse CHECKPOINT"
-    file = "model.<precision>.onnx" if wanted == ".onnx" else FUSED
+    file, how = {
+        ".onnx": ("model.<precision>.onnx", "replk export --onnx"),
+        ".safetensors": (FUSED, "replk fuse CHECKPOINT"),
+    }.get(ending, (f"its own *{ending} file", f"replk build {path} --backend {kind.name}"))
     raise ReplkError(f"{kind.name} starts from {file}, not from {path.name}", f"make it with: {how}")
+
+
+def header(path: Path) -> Metadata | None:
+    """Return what a file says of itself, an engine by its sidecar; None when it is not one of ours.
+
+    Raises:
+        IntegrityError: an engine without the sidecar that describes it.
+    """
+    if path.suffix == ".onnx":
+        return graph.header(path)
+    return weights.header(path) if path.suffix == ".safetensors" else sidecar.read(path).header
 
 
 def vouched(path: Path, *, allow_unverified: bool) -> Metadata | None:
     """Return a file's metadata if a passing verdict speaks of exactly this content.
 
+    That of weights is compared with their content when they are opened.
+
     Raises:
         IntegrityError: no passing verdict, or one that speaks of another content.
     """
-    metadata = graph.header(path) if path.suffix == ".onnx" else weights.header(path)
+    metadata = header(path)
     if allow_unverified:
         return metadata
     verdict = metadata.verdict if metadata else None
@@ -134,7 +159,9 @@ def oracle_of(run: Workspace | None, single: Path | None) -> Oracle | None:
 
 
 def present(backends: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the backends that can run here, and why the others cannot; those asked for by name must.
+    """Return the backends that can run here, and why the others are left out; those asked for by name must.
+
+    Engines take minutes to build, so they are made only when asked for.
 
     Raises:
         UnavailableError: one that was asked for by name cannot run.
@@ -146,8 +173,12 @@ def present(backends: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     found, skipped = [], {}
     for name in runtimes.BACKENDS:
         try:
-            runtimes.find(name).probe()
-            found.append(name)
+            kind = runtimes.find(name)
+            kind.probe()
+            if issubclass(kind, Engine):
+                skipped[name] = f"needs an engine built first: --backend {name}"
+            else:
+                found.append(name)
         except UnavailableError as exc:
             skipped[name] = str(exc)
     return found, skipped

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from replk_deploy import onednn
+from replk_deploy.backends.base import Backend
 from replk_deploy.errors import ContractError, InconclusiveError, MismatchError
 from replk_deploy.metadata import State
 from replk_deploy.models.base import Network
@@ -179,23 +180,29 @@ def answer_of(model: Network, *, preprocessing: Preprocessing | None = None) -> 
     return answer
 
 
-def in_batches(answer: Answer, size: int) -> Answer:
-    """Return an answer for any number of images from one that takes exactly `size` at a time."""
+def in_batches(answer: Answer, least: int, most: int) -> Answer:
+    """Return an answer for any number of images from one that takes `least` to `most` at a time."""
 
     def batched(images: Array) -> dict[str, Array]:
         chunks = []
-        for start in range(0, len(images), size):
-            chunk = images[start : start + size]
-            rows = np.arange(size) % len(chunk)
+        for start in range(0, len(images), most):
+            chunk = images[start : start + most]
+            rows = np.arange(max(least, len(chunk))) % len(chunk)
             chunks.append({name: out[: len(chunk)] for name, out in answer(chunk[rows]).items()})
         return {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
 
     return batched
 
 
-def any_batch(answer: Answer, size: int | None) -> Answer:
-    """Return an answer for any number of images; `size` is what a fixed-batch artefact takes, None for a free one."""
-    return answer if size is None else in_batches(answer, size)
+def any_batch(backend: Backend) -> Answer:
+    """Return an open backend's answer for any number of images, whatever it takes at a time."""
+    fixed = backend.input.shape[0]
+    if fixed is not None:
+        return in_batches(backend.run, fixed, fixed)
+    if backend.batches:
+        widest = max(backend.batches, key=lambda batch: batch.max)
+        return in_batches(backend.run, widest.min, widest.max)
+    return backend.run
 
 
 def calibrate(
@@ -249,6 +256,7 @@ def verify(
     name: str,
     precision: str,
     repeat: bool = True,
+    largest: int = 0,
     doubt: str = "",
 ) -> Agreement:
     """Compare a candidate's answers with the expected ones.
@@ -261,6 +269,7 @@ def verify(
         name: what the candidate is called in results.
         precision: in words.
         repeat: whether to run the candidate again, and with its rows moved by one, to see its noise.
+        largest: batch in which the images are judged once more, repeated to fill it; 0 for none.
         doubt: makes a passing verdict provisional.
 
     Raises:
@@ -280,6 +289,8 @@ def verify(
             row, close = _judge(image, output, ref[index], got[output][index], limit)
             rows.append(row)
             undecidable.append(close)
+    if largest > len(probe.names):
+        rows += _largest(expected, candidate, probe, bound, largest)
     passed = all(r.share <= 1 for r in rows)
     return Agreement(
         name=name,
@@ -323,6 +334,21 @@ def _judge(image: str, output: str, ref: Array, got: Array, limit: float) -> tup
         Row(image=image, output=output, rel_l2=rel_l2, max_abs=float(off.max()), peak=peak, share=share, top1=top1),
         close,
     )
+
+
+def _largest(expected: Mapping[str, Array], candidate: Answer, probe: Probe, bound: Bound, largest: int) -> list[Row]:
+    """Judge the images in one batch of the largest size; the worst row of each output."""
+    turns = np.arange(largest) % len(probe.names)
+    got = {key: np.array(out, np.float64) for key, out in candidate(probe.images[turns]).items()}
+    found = []
+    for output, ref in expected.items():
+        names = [f"{probe.names[turn]} in a batch of {largest}" for turn in turns]
+        judged = (
+            _judge(name, output, ref[turn], row, bound.rel_l2[output])[0]
+            for name, turn, row in zip(names, turns, got[output], strict=True)
+        )
+        found.append(max(judged, key=lambda row: row.share))
+    return found
 
 
 def _noise(candidate: Answer, got: Mapping[str, Array], probe: Probe, bound: Bound, name: str) -> float:

@@ -1,5 +1,6 @@
 """Our own weights file: safetensors whose header says what it is and what vouches for it."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import get_args
@@ -26,6 +27,12 @@ def content_hash(model: Network) -> str:
     return digest.hexdigest()
 
 
+def judged_hash(model: Network, metadata: Metadata) -> str:
+    """Return the SHA-256 of what a verdict speaks of: a network's tensors and its header, the verdict left out."""
+    header = sorted(dataclasses.replace(metadata, verdict=None).to_strings().items())
+    return hashlib.sha256(f"{content_hash(model)} {header}".encode()).hexdigest()
+
+
 def write(path: Path, model: Network, metadata: Metadata) -> None:
     """Write a network's weights as they are, with the metadata in the header."""
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
@@ -50,7 +57,7 @@ def read(path: Path) -> tuple[Network, Metadata]:
 
     Raises:
         CheckpointError: not ours, damaged, or its tensors do not fill the network it names.
-        IntegrityError: the weights are not those that its verdict speaks of.
+        IntegrityError: weights or header are not those that its verdict speaks of.
     """
     metadata = header(path)
     if metadata is None or metadata.family not in FAMILIES:
@@ -73,6 +80,8 @@ def read(path: Path) -> tuple[Network, Metadata]:
     if dtypes != {TOLERANCES[metadata.precision].torch_dtype}:
         raise CheckpointError(f"{path} says {metadata.precision} and holds {dtypes}", "export it again")
     model.load_state_dict(tensors, assign=True)
-    if metadata.verdict and metadata.verdict.content != content_hash(model):
-        raise IntegrityError(f"the weights of {path} are not those its verdict speaks of", "fuse the checkpoint again")
+    if metadata.verdict and metadata.verdict.content != judged_hash(model, metadata):
+        raise IntegrityError(
+            f"weights or header of {path} are not those its verdict speaks of", "fuse the checkpoint again"
+        )
     return model.requires_grad_(requires_grad=False).eval(), metadata

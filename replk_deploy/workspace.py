@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from filelock import FileLock
+
 from replk_deploy import files, records
 from replk_deploy.errors import IntegrityError, ReplkError
 from replk_deploy.metadata import Verdict
@@ -155,14 +157,29 @@ class Workspace:
             options=records.plain(options),
             verdict=verdict,
         )
-        self._artefacts |= Workspace(self.folder)._artefacts  # another process may have added to them
-        self._artefacts.pop(name, None)
-        self._artefacts[name] = entry
-        self.save()
+        with self._alone():
+            self._artefacts |= Workspace(self.folder)._artefacts  # another process may have added to them
+            self._artefacts.pop(name, None)
+            self._artefacts[name] = entry
+            self._write()
         return entry
 
     def save(self) -> None:
         """Write the manifest."""
+        with self._alone():
+            self._artefacts |= Workspace(self.folder)._artefacts
+            self._write()
+
+    def _alone(self) -> FileLock:
+        """Keep other processes from writing the manifest between our reading and writing it.
+
+        Raises:
+            ReplkError: the folder cannot be written.
+        """
+        files.writable(self.folder)
+        return FileLock(self.folder / ".lock")
+
+    def _write(self) -> None:
         manifest = Manifest(run=self.name, artefacts=self._artefacts)
         files.write_text(self.folder / "manifest.json", records.to_json(manifest))
 

@@ -27,6 +27,12 @@ def checkpoint_file(tmp_path_factory: pytest.TempPathFactory, trained) -> Path:
 
 
 @pytest.fixture
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take next to no time over a latency that nobody will read."""
+    networks.shorten_timing(monkeypatch)
+
+
+@pytest.fixture
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run the test in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)

@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
+import pytest
 import torch
 
+from replk_deploy import lanes
 from replk_deploy.models.replknet import VARIANTS, RepLKGeometry, RepLKNet
 from replk_deploy.poison import poison, randomise
 from replk_deploy.proof import cast
@@ -53,6 +55,12 @@ def save_as_trained(model: RepLKNet, path: Path, /, **args: object) -> Path:
         {"model": model.state_dict(), "optimizer": {}, "epoch": 299, "scaler": {}, "args": training_args(**args)}, path
     )
     return path
+
+
+def shorten_timing(patch: pytest.MonkeyPatch) -> None:
+    """Only how long is taken from the clock changes: numbers measured so are no latencies."""
+    for name, value in {"WARM_MS": 1.0, "WARM_CAP_MS": 2.0, "REWARM_MS": 0.0, "BLOCK_MS": 1.0, "FLOW_MS": 1.0}.items():
+        patch.setattr(lanes, name, value)
 
 
 def main() -> None:

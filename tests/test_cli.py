@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from replk_deploy import __version__, pipeline, proof, render
-from replk_deploy import bench as benching
 from replk_deploy.cli import app
 from replk_deploy.errors import ContractError
 from replk_deploy.models import reparam
@@ -25,15 +24,10 @@ from replk_deploy.models.replknet import RepLKGeometry
 from tests import networks
 
 HERE = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("short_timing")
 TINY = RepLKGeometry(
     channels=(4, 6), depths=(1, 1), kernels=(13, 7), small=3, dw_channels=(4, 6), ffn_channels=(8, 12), classes=10
 )
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WARM_MS": 1.0, "WARM_CAP_MS": 2.0, "REWARM_MS": 0.0, "BLOCK_MS": 1.0}.items():
-        monkeypatch.setattr(benching, name, value)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import onnx
 import pytest
 import torch
 
-from replk_deploy import bench as benching
 from replk_deploy import export as exporting
 from replk_deploy import files, graph, pipeline, proof, weights
 from replk_deploy import fuse as fusing
@@ -24,18 +23,12 @@ from replk_deploy.preprocess import Preprocessing
 from replk_deploy.workspace import Workspace
 from tests import networks
 
+pytestmark = pytest.mark.usefixtures("short_timing")
 TINY = RepLKGeometry(
     channels=(4, 6), depths=(1, 1), kernels=(13, 7), small=3, dw_channels=(4, 6), ffn_channels=(8, 12), classes=10
 )
 ONE = Batch(min=1, opt=1, max=1)
 SIZE = (64, 64)
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only how long is taken from the clock changes: numbers of these tests are no latencies."""
-    for name, value in {"WARM_MS": 1.0, "WARM_CAP_MS": 2.0, "REWARM_MS": 0.0, "BLOCK_MS": 1.0}.items():
-        monkeypatch.setattr(benching, name, value)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +137,7 @@ def test_fuse_to_a_path_writes_that_file_alone_and_it_computes_the_same(
     assert (model.form, metadata.precision, metadata.source_name) == ("folded", "fp32", "checkpoint-best.pth")
     assert metadata.source_sha256 == files.sha256(ckpt)
     assert metadata.verdict == made.verdict
-    assert (made.verdict.state, made.verdict.content) == ("pass", weights.content_hash(model))
+    assert (made.verdict.state, made.verdict.content) == ("pass", weights.judged_hash(model, made.metadata))
     assert made.verdict.reference == metadata.source_sha256
     assert 0 < made.verdict.worst < 1
 
@@ -361,7 +354,7 @@ def test_cast_weights_are_proved_and_keep_their_type(
     made = pipeline.export(run, onnx=False, precision=precision, output=tmp_path / "w.safetensors")
     model, metadata = weights.read(made.file)
     assert (made.export, made.verdict.state, metadata.precision) == (None, "pass", precision)
-    assert metadata.verdict.content == weights.content_hash(model)
+    assert metadata.verdict.content == weights.judged_hash(model, metadata)
     assert off(answer(model, images()), answer(net, images())) < allowed
     if precision != "fp32":
         with pytest.raises(ReplkError, match=f"holds {precision} weights"):
@@ -601,8 +594,7 @@ def deployed(
     root = tmp_path_factory.mktemp("deployed")
     path = networks.save_as_trained(networks.trained(TINY), root / "best.pth", crop_pct=1.0)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"WARM_MS": 1.0, "WARM_CAP_MS": 2.0, "REWARM_MS": 0.0, "BLOCK_MS": 1.0}.items():
-            patch.setattr(benching, name, value)
+        networks.shorten_timing(patch)
         done = deploy(path, root / "out", data=data[0])
     return root, path, done
 

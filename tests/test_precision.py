@@ -13,13 +13,13 @@ from replk_deploy.precision import ALGEBRA, FLOOR, PRECISIONS, TOLERANCES, Preci
 
 def test_every_precision_has_a_row_and_no_row_is_spare() -> None:
     assert tuple(TOLERANCES) == PRECISIONS
-    assert set(PRECISIONS) == {"fp32", "fp16", "bf16"}
+    assert set(PRECISIONS) == {"fp32", "tf32", "fp16", "bf16"}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_row_names_types_that_exist_and_agree(precision: Precision) -> None:
     row = TOLERANCES[precision]
-    widths = {"fp32": (torch.float32, 24), "fp16": (torch.float16, 11), "bf16": (torch.bfloat16, 8)}
+    widths = {"fp32": (torch.float32, 24), "tf32": (torch.float32, 24), "fp16": (torch.float16, 11), "bf16": (torch.bfloat16, 8)}
     dtype, mantissa = widths[precision]
     assert row.torch_dtype == dtype
     assert torch.finfo(dtype).eps == 2.0 ** (1 - mantissa)

@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from replk_deploy import proof, selftest
 from replk_deploy.errors import UnavailableError
 from replk_deploy.models.base import Network
-from replk_deploy.proof import Proof
+from replk_deploy.proof import Oracle, Proof
 from replk_deploy.selftest import BUGS, SEEDS, caught, network, prove
 from replk_deploy.verify import Agreement
 
@@ -52,6 +55,8 @@ HIDDEN_BY_FRESH_NORMS = (
     "norm before the head: shift dropped",
 )
 
+IN_MEMORY = "norm folded into the shortcut too"  # planted on the weights of one process; no file can hold it
+
 
 def culprit_of(bug: str) -> str | None:
     fitting = [start for start in CULPRITS if bug.startswith(start)]
@@ -79,6 +84,17 @@ def test_a_planted_bug_is_caught_and_its_block_is_named(bug: str) -> None:
     assert not plant.rel_l2 < 1e-9, "it must have changed the answer, or the wrong thing was caught"
     culprit = culprit_of(bug)
     assert culprit is None or plant.caught_by == culprit
+
+
+@pytest.mark.parametrize("bug", ["none", *(b for b in BUGS if b != IN_MEMORY)])
+def test_verify_catches_the_same_bug_in_a_finished_file(bug: str, trained: Network) -> None:
+    """Two files have neither float64 weights nor a poisoned copy: float32 on the checkpoint itself must do."""
+    with BUGS.get(bug, nullcontext)():
+        stored = selftest.cast(selftest.fuse(trained).model, torch.float32)
+        other = SimpleNamespace(model=stored, metadata=None)
+        found = proof.prove_pair(Oracle(trained, "it"), other, size=selftest.SIZE)
+    assert (found.state == "rejected") == (bug != "none")
+    assert found.bisection or bug == "none"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from replk_deploy import verify
+from replk_deploy.backends.base import Backend, TensorSpec
+from replk_deploy.batch import Batch
 from replk_deploy.errors import ContractError, Exit, InconclusiveError, MismatchError
 from replk_deploy.precision import FLOOR, PRECISIONS, TOLERANCES, Precision
 from replk_deploy.preprocess import IMAGENET, Preprocessing
@@ -378,25 +381,55 @@ def judge_with(bound: Bound, expected: Answers, images: Probe) -> Agreement:
     )
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 3), (5, 3), (6, 3), (2, 2), (7, 1), (3, 8)])
-def test_a_fixed_batch_is_filled_up_and_cut_again(count: int, size: int) -> None:
+def opened(run: Callable[[Array], Answers], fixed: int | None, *batches: Batch) -> Backend:
+    """Return what stands for an open backend that takes `fixed` images, or what `batches` say."""
+    spec = TensorSpec(name="images", dtype="float32", shape=(fixed, 3, 8, 8))
+    return SimpleNamespace(input=spec, batches=batches, run=run)
+
+
+@pytest.mark.parametrize(("count", "least", "most"), [(1, 3, 3), (5, 3, 3), (2, 2, 2), (7, 1, 1), (9, 2, 4), (1, 2, 4)])
+def test_a_limited_batch_is_filled_up_and_cut_again(count: int, least: int, most: int) -> None:
     seen: list[Array] = []
 
-    def fixed_batch(images: Array) -> Answers:
-        assert len(images) == size
+    def limited(images: Array) -> Answers:
+        assert least <= len(images) <= most
         seen.append(images)
         return answer(images)
 
-    images = probe(count)
-    got = verify.any_batch(fixed_batch, size)(images.images)["logits"]
-    np.testing.assert_allclose(got, answer(images.images)["logits"], rtol=0, atol=1e-12)
-    assert len(seen) == math.ceil(count / size)
-    known = {image.tobytes() for image in images.images}
-    assert {image.tobytes() for chunk in seen for image in chunk} == known, "padding is made of the images themselves"
+    images, narrow = probe(count), Batch(min=1, opt=1, max=1)
+    for backend in (
+        opened(limited, None, narrow, Batch(min=least, opt=least, max=most)),
+        *([opened(limited, least)] if least == most else []),
+    ):
+        seen.clear()
+        got = verify.any_batch(backend)(images.images)["logits"]
+        np.testing.assert_allclose(got, answer(images.images)["logits"], rtol=0, atol=1e-12)
+        assert len(seen) == math.ceil(count / most)
+        known = {image.tobytes() for image in images.images}
+        assert {image.tobytes() for chunk in seen for image in chunk} == known, "padding is made of the images"
 
 
 def test_a_free_batch_is_left_as_it_is() -> None:
-    assert verify.any_batch(answer, None) is answer
+    assert verify.any_batch(opened(answer, None)) is answer
+
+
+@pytest.mark.parametrize("row", [0, 5, 8])
+def test_a_row_that_goes_wrong_in_the_largest_batch_is_rejected(row: int) -> None:
+    def spoilt(images: Array) -> Answers:
+        logits = answer(images)["logits"]
+        if len(images) == 9:
+            logits[row] *= 1.5
+        return {"logits": logits}
+
+    images = probe(4)
+    expected = answer(images.images)
+    bound = verify.fixed(expected, 1e-3, "as told")
+    kwargs = {"bound": bound, "name": "it", "precision": "fp32"}
+    assert verify.verify(expected, spoilt, images, **kwargs).passed, "it is right in small batches"
+    found = verify.verify(expected, spoilt, images, largest=9, **kwargs)
+    assert not found.passed
+    assert f"{images.names[row % 4]} in a batch of 9" in found.sentence
+    assert verify.verify(expected, answer, images, largest=9, **kwargs).passed
 
 
 def test_probes_hold_unlike_images_and_a_name_for_each() -> None:

@@ -1,5 +1,6 @@
 """Our own weights file gives back the network to the bit, and notices every change."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -29,11 +30,11 @@ def said(model, **changes: object) -> Metadata:
         "preprocessing": from_args(networks.training_args(), ""),
         "source_sha256": "0" * 64,
         "source_name": "checkpoint-best.pth",
-        "verdict": Verdict(
-            state="pass", content=weights.content_hash(model), reference="0" * 64, worst=0.25, why="as near as can be"
-        ),
     }
-    return Metadata(**(fields | changes))
+    metadata = Metadata(**(fields | changes))
+    content = weights.judged_hash(model, metadata)
+    verdict = Verdict(state="pass", content=content, reference="0" * 64, worst=0.25, why="as near as can be")
+    return dataclasses.replace(metadata, verdict=verdict)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ def test_every_tensor_and_the_header_come_back_to_the_bit(precision, dtype, name
     for key, tensor in model.state_dict().items():
         assert back.state_dict()[key].dtype == tensor.dtype
         assert torch.equal(back.state_dict()[key], tensor)
-    assert weights.content_hash(back) == weights.content_hash(model) == metadata.verdict.content
+    assert weights.content_hash(back) == weights.content_hash(model)
+    assert metadata.verdict.content == weights.judged_hash(back, metadata)
 
 
 def test_turned_weights_are_written_in_order(folded, tmp_path: Path) -> None:
@@ -143,8 +145,18 @@ def test_the_hash_tells_equal_bytes_apart_by_name_shape_and_type() -> None:
 
 
 def test_an_edited_tensor_is_not_the_content_its_verdict_speaks_of(file: Path, folded) -> None:
-    assert weights.read(file)[1].verdict.content == weights.content_hash(folded)
+    metadata = weights.read(file)[1]
+    assert metadata.verdict.content == weights.judged_hash(folded, metadata)
     rewrite(file, {"head.bias": folded.head.bias + 1e-3})
+    with pytest.raises(IntegrityError, match="not those its verdict speaks of"):
+        weights.read(file)
+
+
+@pytest.mark.parametrize("field", ["preprocessing", "label", "source_sha256", "source_name", "selected", "version"])
+def test_an_edited_header_is_not_the_content_its_verdict_speaks_of(file: Path, field: str) -> None:
+    with safe_open(file, framework="pt") as opened:
+        before = opened.metadata()[f"replk.{field}"]
+    rewrite(file, **{field: before.replace("0.485", "0.5") if field == "preprocessing" else f"{before}1"})
     with pytest.raises(IntegrityError, match="not those its verdict speaks of"):
         weights.read(file)
 

@@ -1,6 +1,7 @@
 """The run folder gives out only files that it can vouch for."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,16 @@ def test_artefacts_come_newest_first_even_after_one_is_made_again(tmp_path: Path
     assert run.artefacts(".onnx") == ("model.fp32.onnx", "model.fp16.onnx")
     assert Workspace(tmp_path / "tiny").artefacts(".onnx") == ("model.fp32.onnx", "model.fp16.onnx")
     assert run.artefacts(".safetensors") == (NAME,)
+
+
+def test_two_writers_lose_nothing(tmp_path: Path) -> None:
+    """Each writer opens the run before the other has written, again and again."""
+    Workspace(tmp_path / "tiny").save()
+
+    def write(who: str) -> None:
+        for count in range(20):
+            enter(Workspace(tmp_path / "tiny"), f"{who}{count}.onnx")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert len(Workspace(tmp_path / "tiny").artefacts(".onnx")) == 80

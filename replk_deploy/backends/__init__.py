@@ -2,7 +2,6 @@
 
 import difflib
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 from replk_deploy.backends.base import Backend
@@ -16,12 +15,10 @@ class Planned(NamedTuple):
     """A runtime without an adapter yet: what it would need, and which file it would start from.
 
     Attributes:
-        module: must be importable; None where another distribution brings the same module.
         distribution: what brings it.
         extra: of replk-deploy; None where the base install is enough.
     """
 
-    module: str | None
     distribution: str
     extra: str | None
     takes: Takes
@@ -32,16 +29,21 @@ BACKENDS: dict[str, str] = {
     "torch": "replk_deploy.backends.torch:Torch",
     "torch-compile": "replk_deploy.backends.torch_compile:TorchCompile",
     "ort-cpu": "replk_deploy.backends.ort:OrtCpu",
+    "ort-cuda": "replk_deploy.backends.ort_gpu:OrtCuda",
+    "ort-trt": "replk_deploy.backends.ort_gpu:OrtTrt",
+    "openvino": "replk_deploy.backends.openvino:OpenVino",
+    "aoti": "replk_deploy.backends.aoti:Aoti",
+    "trt": "replk_deploy.backends.trt:TensorRT",
+    "trt-rtx": "replk_deploy.backends.trt:TensorRTRTX",
 }
-PLANNED: dict[str, Planned] = {
-    "ort-cuda": Planned(None, "onnxruntime-gpu", "gpu", "onnx"),
-    "ort-trt": Planned(None, "onnxruntime-gpu", "gpu,trt", "onnx"),
-    "trt": Planned("tensorrt", "tensorrt", "trt", "onnx"),
-    "trt-rtx": Planned("tensorrt_rtx", "tensorrt-rtx", "trt-rtx", "onnx"),
-    "openvino": Planned("openvino", "openvino", "openvino", "onnx"),
-    "aoti": Planned("torch", "torch", None, "weights"),
-    "native": Planned(None, "cuda-core", "native", "weights"),
+PACKAGES = {  # what people type who think of the package
+    "tensorrt": "trt",
+    "tensorrt-rtx": "trt-rtx",
+    "onnxruntime": "ort-cpu",
+    "onnxruntime-gpu": "ort-cuda",
+    "aotinductor": "aoti",
 }
+PLANNED: dict[str, Planned] = {"native": Planned("cuda-core", "native", "weights")}
 
 
 def find(name: str) -> type[Backend]:
@@ -70,7 +72,7 @@ def takes(name: str) -> Takes:
 
 
 def _unavailable(name: str, planned: Planned) -> UnavailableError:
-    found = version(planned.distribution) if planned.module is None else find_spec(planned.module)
+    found = version(planned.distribution)
     package = f"{planned.distribution} is {'not ' if found is None else ''}installed"
     extra = f"[{planned.extra}]" if planned.extra else ""
     return UnavailableError(
@@ -81,7 +83,8 @@ def _unavailable(name: str, planned: Planned) -> UnavailableError:
 
 def _unknown(name: str) -> ReplkError:
     names = (*BACKENDS, *PLANNED)
-    known = {planned.distribution: key for key, planned in reversed(PLANNED.items())} | {key: key for key in names}
+    known = {planned.distribution: key for key, planned in reversed(PLANNED.items())}
+    known |= PACKAGES | {key: key for key in names}
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {known[near[0]]}? " if near else ""
     return ReplkError(f"there is no backend {name!r}", f"{hint}choose from {', '.join(names)}")

@@ -270,3 +270,13 @@ class Engine(Backend):
                 cannot build is named.
             ReplkError: the source or the recipe cannot be taken.
         """
+
+    @classmethod
+    def refit(cls, engine: Path, source: Path, out: Path, progress: Progress) -> Made:
+        """Write an engine like `engine` with the weights of `source`, without building anew.
+
+        Raises:
+            UnavailableError: the runtime cannot, or the engine was not built for it.
+        """
+        del source, out, progress
+        raise UnavailableError(f"{cls.name} cannot replace the weights of {engine}", "build it anew: replk build")

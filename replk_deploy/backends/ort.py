@@ -1,41 +1,88 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime: what its providers share, and the one for CPUs.
 
 A provider that fails to load is a warning and a slower run in ONNX Runtime, so the provider in use
 is asserted and its fall-back switched off.
 """
 
-from collections.abc import Mapping
+import abc
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
+import onnx
 
 from replk_deploy import optional
-from replk_deploy.backends.base import DEFAULT, Array, Arrays, Backend, Launch, Settings, TensorSpec
-from replk_deploy.errors import ContractError, ReplkError, UnavailableError
+from replk_deploy.backends import ports
+from replk_deploy.backends.base import DEFAULT, Array, Arrays, Backend, Launch, LayerTime, Settings, TensorSpec
+from replk_deploy.errors import ContractError, ReplkError, UnavailableError, first_line
 from replk_deploy.precision import Precision
 
-PROVIDER = "CPUExecutionProvider"
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
     "tensor(uint8)": "uint8",
 }
-PRECISION: dict[str, Precision] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SEVERITY_ERROR = 3  # ONNX Runtime's scale: 2 is a warning, 4 is fatal
-RANK = 4
 NO_BF16 = "export it again: replk export --onnx --precision fp32 (or fp16)"
+KERNEL, BLOCKED = "_kernel_time", "_nchwc"  # endings in a profile: of an execution, of a node in blocked layout
+Provider = str | tuple[str, Mapping[str, str]]
+
+
+class OrtRuntime(Backend):
+    """What all providers share: the file, its ports, the session."""
+
+    takes: ClassVar[Literal["weights", "onnx"]] = "onnx"
+    provider: ClassVar[str]  # abstract: each final class names its own
+
+    def _start(self, artefact: Path, options: Any, providers: Sequence[Provider]) -> None:
+        """Open a session and read the ports.
+
+        Raises:
+            ReplkError: not a whole ONNX file, or not a network from one image batch to floating outputs.
+            UnavailableError: the file needs an operator or a type that the provider has no kernel for.
+        """
+        self._session: Any = session_of(onnxruntime(), artefact, options, providers)
+        if self._session.get_providers()[0] != self.provider:
+            raise UnavailableError(
+                f"asked for {self.provider}, ONNX Runtime uses {self._session.get_providers()[0]}",
+                "see what it lacks: python -c 'import onnxruntime; onnxruntime.print_debug_info()'",
+            )
+        said = self._session.get_modelmeta().custom_metadata_map.get("replk.precision")
+        inputs, outputs = map(_specs, (self._session.get_inputs(), self._session.get_outputs()))
+        self.input, self.outputs, self.precision = ports.of(artefact, inputs, outputs, said)
+        if self.precision not in self.precisions:
+            raise self._not_offered(self.precision, artefact)
+
+    @abc.abstractmethod
+    def _not_offered(self, precision: Precision, artefact: Path) -> UnavailableError:
+        """Say why a file's precision is not executed, and what to do."""
+
+    def close(self) -> None:
+        """Drop the session; safe to call twice."""
+        self._session = None
+
+    def _open(self) -> Any:
+        if self._session is None:
+            raise ContractError(f"{self.name} was asked after it was closed")
+        return self._session
+
+    def _cast(self, images: Array) -> Array:
+        return np.array(images, dtype=self.input.dtype, order="C")  # a copy: a launch must not see later changes
 
 
 @final
-class OrtCpu(Backend):
+class OrtCpu(OrtRuntime):
     """An ONNX file, ours or any other with one image input, on ONNX Runtime's CPU provider."""
 
     name: ClassVar[str] = "ort-cpu"
-    takes: ClassVar[Literal["weights", "onnx"]] = "onnx"
-    precisions: ClassVar[frozenset[Precision]] = frozenset({"fp32", "fp16"})
+    precisions: ClassVar[frozenset[Precision]] = frozenset({"fp32", "tf32", "fp16"})
+    provider: ClassVar[str] = "CPUExecutionProvider"
 
     @classmethod
     def probe(cls) -> Mapping[str, str]:
@@ -44,8 +91,7 @@ class OrtCpu(Backend):
         Raises:
             UnavailableError: onnxruntime is not installed.
         """
-        ort = _onnxruntime()
-        return {"onnxruntime": ort.__version__, "device": "cpu", "provider": PROVIDER}
+        return {"onnxruntime": onnxruntime().__version__, "device": "cpu", "provider": cls.provider}
 
     def __init__(self, artefact: Path, settings: Settings = DEFAULT) -> None:
         """Open an ONNX file with one thread per core, as ONNX Runtime does by default.
@@ -56,64 +102,46 @@ class OrtCpu(Backend):
         """
         del settings  # it honours none
         facts = dict(self.probe())
-        self._ort = _onnxruntime()
-        options = self._ort.SessionOptions()
-        options.log_severity_level = SEVERITY_ERROR
-        self._session: Any = _open(self._ort, artefact, options)
-        session = self._session
-        session.disable_fallback()
-        if session.get_providers()[0] != PROVIDER:
-            raise ContractError(f"asked for {PROVIDER}, got {session.get_providers()}")
-        inputs, outputs = session.get_inputs(), session.get_outputs()
-        types = {port.name: DTYPES.get(port.type, port.type) for port in (*inputs, *outputs)}
-        floating = {types[port.name] for port in outputs} <= PRECISION.keys()
-        if (
-            len(inputs) != 1
-            or len(inputs[0].shape) != RANK
-            or types[inputs[0].name] not in DTYPES.values()
-            or not floating
-        ):
-            ports = ", ".join(f"{port.name} {types[port.name]} {port.shape}" for port in inputs)
-            raise ReplkError(
-                f"{artefact} does not map one batch of images to floating outputs: its inputs are {ports}",
-                "name a file that replk export --onnx wrote",
-            )
-        self.outputs = tuple(port.name for port in outputs)
-        shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
-        self.input = TensorSpec(name=inputs[0].name, dtype=types[inputs[0].name], shape=shape)
-        said = session.get_modelmeta().custom_metadata_map.get("replk.precision")
-        typed = types[self.outputs[0]] if self.input.dtype == "uint8" else self.input.dtype
-        self.precision = said if said in PRECISION.values() else PRECISION[typed]
-        if self.precision not in self.precisions:
-            raise UnavailableError(f"ONNX Runtime has no CPU kernels for {self.precision}: {artefact}", NO_BF16)
+        options = session_options(onnxruntime())
+        self._artefact = artefact
+        self._start(artefact, options, [self.provider])
         threads = {"intra_op_threads": options.intra_op_num_threads, "inter_op_threads": options.inter_op_num_threads}
         self.facts = facts | {name: str(count or "one per core") for name, count in threads.items()}
 
+    def _not_offered(self, precision: Precision, artefact: Path) -> UnavailableError:
+        return UnavailableError(f"ONNX Runtime has no CPU kernels for {precision}: {artefact}", NO_BF16)
+
     def _run(self, images: Array) -> Arrays:
-        session = self._open_session()
+        session = self._open()
         try:
             answer = session.run(self.outputs, {self.input.name: self._cast(images)})
         except Exception as exc:  # ONNX Runtime's errors share no other base
-            raise _refusal(exc, f"cannot answer {'x'.join(map(str, images.shape))}") from exc
+            raise refusal(exc, f"cannot answer {'x'.join(map(str, images.shape))}") from exc
         return dict(zip(self.outputs, answer, strict=True))
 
     def prepare(self, images: Array) -> Launch:
         """Bind a batch and the outputs, so that no launch copies between Python and the runtime."""
-        session = self._open_session()
+        session = self._open()
         self.check(images)
-        return _Launch(self._ort, session, self.input.name, self._cast(images), self.outputs)
+        return _Launch(onnxruntime(), session, self.input.name, self._cast(images), self.outputs)
 
-    def close(self) -> None:
-        """Drop the session; safe to call twice."""
-        self._session = None
+    def layer_times(self, images: Array, *, repeats: int) -> tuple[LayerTime, ...]:
+        """Time each node with ONNX Runtime's own profiler, in a session of its own; one run more warms up.
 
-    def _open_session(self) -> Any:
-        if self._session is None:
-            raise ContractError(f"{self.name} was asked after it was closed")
-        return self._session
-
-    def _cast(self, images: Array) -> Array:
-        return np.array(images, dtype=self.input.dtype, order="C")  # a copy: a launch must not see later changes
+        A fused node carries the name of the node of its own kind that went into it.
+        """
+        self._open()
+        self.check(images)
+        ort, feed = onnxruntime(), {self.input.name: self._cast(images)}
+        with tempfile.TemporaryDirectory() as folder:
+            options = session_options(ort)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder, "profile"))
+            session = session_of(ort, self._artefact, options, [self.provider])
+            for _ in range(1 + repeats):
+                session.run(self.outputs, feed)
+            trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return _layers(trace, _Names(self._artefact), repeats)
 
 
 @final
@@ -135,25 +163,53 @@ class _Launch:
         """Return None: a CPU has one clock."""
 
 
-def _onnxruntime() -> ModuleType:
-    return optional.load("onnxruntime", package="onnxruntime", install="replk-deploy[cpu]")
+def onnxruntime(extra: str = "cpu") -> ModuleType:
+    """Import ONNX Runtime; UnavailableError with the line that installs the extra that brings it."""
+    return optional.load("onnxruntime", package="onnxruntime", install=f"replk-deploy[{extra}]")
 
 
-def _open(ort: ModuleType, artefact: Path, options: Any) -> Any:
+def session_options(ort: ModuleType) -> Any:
+    """Return options of a session that prints no warnings."""
+    options = ort.SessionOptions()
+    options.log_severity_level = SEVERITY_ERROR
+    return options
+
+
+def session_of(ort: ModuleType, artefact: Path, options: Any, providers: Sequence[Provider]) -> Any:
+    """Open a file without any fall-back; ReplkError in ONNX Runtime's words when it cannot."""
     if not artefact.is_file():
         raise ReplkError(f"{artefact} is not a file", "write it: replk export --onnx")
     try:
-        return ort.InferenceSession(str(artefact), options, providers=[PROVIDER])
+        session = ort.InferenceSession(str(artefact), options, providers=list(providers), enable_fallback=0)
     except Exception as exc:  # ONNX Runtime's errors share no other base
         if _is_bf16(artefact):
             raise UnavailableError(f"ONNX Runtime has no CPU kernels for bf16: {artefact}", NO_BF16) from exc
-        raise _refusal(exc, f"cannot open {artefact}") from exc
+        raise refusal(exc, f"cannot open {artefact}") from exc
+    session.disable_fallback()  # also when a later run fails
+    return session
+
+
+def refusal(exc: Exception, did: str) -> ReplkError:
+    """Turn an error of ONNX Runtime into ours, with its first sentence; a missing kernel is not the file's fault."""
+    words = f"ONNX Runtime {did}: {first_line(exc)}"
+    if type(exc).__name__ == "NotImplemented":
+        return UnavailableError(words, "use the backend torch, or a network of operators that it has")
+    return ReplkError(words, "write it again: replk export --onnx")
+
+
+def _specs(found: Sequence[Any]) -> list[TensorSpec]:
+    return [
+        TensorSpec(
+            name=port.name,
+            dtype=DTYPES.get(port.type, port.type),
+            shape=tuple(size if isinstance(size, int) else None for size in port.shape),
+        )
+        for port in found
+    ]
 
 
 def _is_bf16(artefact: Path) -> bool:
     """Tell whether a file that does not open takes bf16; ONNX Runtime names the operator, not the type."""
-    import onnx  # noqa: PLC0415  # needed only to explain a failure
-
     try:
         graph = onnx.load(artefact, load_external_data=False).graph
     except Exception:  # noqa: BLE001  # damaged: protobuf's errors share no base, and ONNX Runtime's words are kept
@@ -161,11 +217,39 @@ def _is_bf16(artefact: Path) -> bool:
     return any(port.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for port in graph.input)
 
 
-def _refusal(exc: Exception, did: str) -> ReplkError:
-    """Turn an error of ONNX Runtime into ours, with its first sentence; a missing kernel is not the file's fault."""
-    words = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
-    if type(exc).__name__ == "NotImplemented":
-        return UnavailableError(
-            f"ONNX Runtime {did}: {words}", "use the backend torch, or a network of operators that it has"
-        )
-    return ReplkError(f"ONNX Runtime {did}: {words}", "write it again: replk export --onnx")
+class _Names:
+    """Which node of the file a node that ONNX Runtime executes comes from."""
+
+    def __init__(self, artefact: Path) -> None:
+        nodes = onnx.load(artefact, load_external_data=False).graph.node
+        self._known = {node.name for node in nodes}
+        self._makers = {value: node for node in nodes for value in node.output}
+
+    def original(self, name: str, kind: str) -> str:
+        """Return the node's name in the file, its own where it is not in the file.
+
+        A convolution in blocked layout is named after the value that it writes, which may be that of
+        an activation behind it.
+        """
+        if name in self._known or not name.endswith(BLOCKED):
+            return name
+        maker = self._makers.get(name.removesuffix(BLOCKED))
+        while maker is not None and maker.op_type != kind:
+            maker = self._makers.get(maker.input[0]) if maker.input else None
+        return maker.name if maker is not None else name
+
+
+def _layers(trace: Sequence[Mapping[str, Any]], names: _Names, repeats: int) -> tuple[LayerTime, ...]:
+    """Read a trace of one run to warm up and `repeats` more."""
+    times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    executed = (e for e in trace if e.get("cat") == "Node" and e["name"].endswith(KERNEL))
+    for event in sorted(executed, key=lambda e: int(e["ts"])):
+        key = (event["args"]["node_index"], event["name"].removesuffix(KERNEL), event["args"]["op_name"])
+        times[key].append(event["dur"] / 1e3)
+    unlike = {name: len(found) for (_, name, _), found in times.items() if len(found) != 1 + repeats}
+    if unlike or not times:
+        raise ContractError(f"ONNX Runtime's profile of {1 + repeats} runs has other counts of nodes: {unlike}")
+    return tuple(
+        LayerTime(name=names.original(name, kind), kind=kind, samples_ms=tuple(found[1:]), detail=name)
+        for (_, name, kind), found in times.items()
+    )

@@ -1,12 +1,13 @@
-"""PyTorch through torch.compile on the CPU: generated C++ where Inductor has it, library calls elsewhere.
+"""PyTorch through torch.compile: generated code where Inductor has it, library calls elsewhere.
 
 torch.compile answers eagerly, without a word, when it is switched off or told to suppress errors.
 A number measured that way would carry the wrong name, so each answer is checked to have passed
-through the compiled graph.
+through the compiled graph. CUDA graphs are captured from outside, as for eager PyTorch, so that the
+two differ in nothing but the compiler.
+
+What concerns GPUs has not been executed on one yet; its logic is tested with a false one.
 """
 
-import subprocess
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -15,22 +16,21 @@ import torch
 import torch._dynamo
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-from replk_deploy.backends.base import Array, Launch
+from replk_deploy.backends import compiler
+from replk_deploy.backends.base import DEFAULT, Array, Launch, Settings
+from replk_deploy.backends.cuda import Device
 from replk_deploy.backends.torch import Forward, TorchRuntime
 from replk_deploy.errors import UnavailableError, first_line
 from replk_deploy.models.base import Network
 
 SHAPES = 64  # input shapes that one process may compile; torch's own limit of 8 is shared by all open files
 SWITCH_ON = "unset TORCH_COMPILE_DISABLE TORCHDYNAMO_DISABLE"
-SOURCE = """
-#include <Python.h>
-#include <omp.h>
-#include <vector>
-extern "C" int kernel() { return std::vector<int>(1).front(); }
-"""
+LAYOUT = {  # asked for → how Inductor may change it; on its own it turns static convolutional networks to channels last
+    "auto": {},
+    "nchw": {"layout_optimization": False},
+    "nhwc": {"layout_optimization": True, "force_layout_optimization": True},
+}
 
 
 @final
@@ -40,21 +40,28 @@ class TorchCompile(TorchRuntime):
     name: ClassVar[str] = "torch-compile"
 
     @classmethod
-    def probe(cls) -> Mapping[str, str]:
-        """Return versions and compiler after compiling a few lines of C++ with it.
-
-        Raises:
-            UnavailableError: no compiler works, or torch.compile is switched off.
-        """
+    def _here(cls, device: Device) -> dict[str, str]:
         if torch._dynamo.config.disable:
             raise UnavailableError("torch.compile is switched off", SWITCH_ON)
-        return {**super().probe(), "compiler": _compiler()}
+        return super()._here(device) | compiler.of(device, "torch.compile")
+
+    def __init__(self, artefact: Path, settings: Settings = DEFAULT) -> None:
+        """Open a weights file; nothing is compiled before the first batch, whose shape it is compiled for.
+
+        Raises:
+            CheckpointError: not a weights file of ours, or damaged.
+            UnavailableError: no compiler works, torch.compile is switched off, or there is no GPU as asked.
+        """
+        self._answers = 0
+        self._patches: dict[str, Any] = {"triton.cudagraphs": False, **LAYOUT[settings.layout]}
+        super().__init__(artefact, settings)
+        chosen = {"auto": "inductor's choice", "nchw": "off", "nhwc": "forced"}[settings.layout]
+        said = {"shapes": "static", "mode": "default", "layout_optimization": chosen}
+        self.facts = {**self.facts, **said}
 
     def _ready(self, model: Network) -> Forward:
-        self._answers = 0
-
         def inductor(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-            compiled = compile_fx(graph, examples)
+            compiled = compile_fx(graph, examples, config_patches=self._patches)
 
             def counted(*args: Any) -> Any:
                 self._answers += 1
@@ -87,21 +94,6 @@ class TorchCompile(TorchRuntime):
                 return super()._run(images)
             except RuntimeError as exc:  # the base of Dynamo's errors, and itself where no frame was compiled
                 raise UnavailableError(f"torch.compile failed: {_reason(exc)}", "use the backend torch") from exc
-
-
-def _compiler() -> str:
-    """Name the C++ compiler that torch.compile uses, once it has built something."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "kernel.cpp")
-            source.write_text(SOURCE, encoding="utf-8")
-            options = CppTorchOptions(warning_all=False)
-            CppBuilder("kernel", [str(source)], options, folder).build()
-            return Path(options.get_compiler()).name
-    except (InvalidCxxCompiler, CppCompileError, OSError, subprocess.SubprocessError) as exc:
-        raise UnavailableError(
-            f"torch.compile needs a C++ compiler that works: {_reason(exc)}", "apt-get install g++ python3-dev"
-        ) from exc
 
 
 def _reason(exc: Exception) -> str:

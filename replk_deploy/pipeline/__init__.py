@@ -7,6 +7,8 @@ A file gets its final name only after its proof. One that fails is kept apart, u
 """
 
 from replk_deploy.pipeline.benching import Benched, bench
+from replk_deploy.pipeline.building import Built, build
+from replk_deploy.pipeline.comparing import compare
 from replk_deploy.pipeline.deploying import Deployment, deploy
 from replk_deploy.pipeline.exporting import Exported, export
 from replk_deploy.pipeline.fusing import Fused, fuse
@@ -15,10 +17,13 @@ from replk_deploy.pipeline.verifying import verify
 
 __all__ = [
     "Benched",
+    "Built",
     "Deployment",
     "Exported",
     "Fused",
     "bench",
+    "build",
+    "compare",
     "deploy",
     "export",
     "fuse",

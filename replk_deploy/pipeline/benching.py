@@ -2,26 +2,32 @@
 
 import contextlib
 import dataclasses
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 from replk_deploy import backends as runtimes
 from replk_deploy import bench as benching
 from replk_deploy import files, records, sources
 from replk_deploy import proof as proving
-from replk_deploy.backends.base import Backend
+from replk_deploy.backends.base import Backend, Settings
 from replk_deploy.bench import Bench
-from replk_deploy.errors import ContractError, MismatchError, ReplkError
-from replk_deploy.pipeline import exporting, fusing
+from replk_deploy.errors import MismatchError, ReplkError, UnavailableError
+from replk_deploy.lanes import Contestant
+from replk_deploy.measurement import row_name
+from replk_deploy.metadata import Metadata
+from replk_deploy.pipeline import building, racing
 from replk_deploy.precision import Precision
 from replk_deploy.progress import Progress, silent
-from replk_deploy.sources import FUSED
+from replk_deploy.proof import Oracle
 from replk_deploy.verify import Agreement
 from replk_deploy.workspace import ROOT, Workspace
 
+Graphs = Literal["auto", "on", "off"]
+GRAPHS: dict[Graphs, tuple[bool, ...]] = {"auto": (False, True), "on": (True,), "off": (False,)}
 ROTATE = 4  # distinct inputs that take turns
 
 
@@ -42,13 +48,28 @@ class Benched:
     unverified: tuple[str, ...] = ()
 
 
+class _Runner(NamedTuple):
+    """One network as one backend opens it."""
+
+    label: str
+    kind: type[Backend]
+    path: Path
+    metadata: Metadata | None
+    oracle: Oracle | None
+    verdict: Literal["pass", "unverified"]
+
+
 def bench(
     artefact: Path | None = None,
     *,
     backends: Sequence[str],
     batches: Sequence[int] = (1,),
+    baselines: Sequence[str] = (),
+    settings: Settings | None = None,
+    cuda_graph: Graphs = "auto",
     max_seconds: float = 60.0,
     percentiles: tuple[int, ...] = (50, 90),
+    idle_ms: float = 0.0,
     allow_unverified: bool = False,
     precision: Precision | None = None,
     root: Path = ROOT,
@@ -56,47 +77,73 @@ def bench(
 ) -> Benched:
     """Time an artefact on runtimes, judged just before where its weights are at hand.
 
-    What a run lacks for a backend is built and proved first.
+    What a run lacks for a backend is built and proved first. A row that fails while it is prepared or
+    timed leaves the race; the others go on.
+
+    Raises:
+        MismatchError: a backend answers wrongly.
+        UnavailableError: a backend cannot run, or no row could be timed.
+        ReplkError: a setting that no chosen backend honours, or a wrong source.
     """
     demand_batches(batches)
     kinds = {name: runtimes.find(name) for name in backends}
+    settings = settings or Settings()
+    _demand_honoured(settings, cuda_graph, kinds)
     for kind in kinds.values():
         kind.probe()
     run, single = sources.run_or_file(artefact, root)
     if single:
         for kind in kinds.values():
-            sources.check_kind(single, kind)
-    oracle = sources.oracle_of(run, single)
-    contestants, agreements, artefacts, unverified = [], {}, {}, []
+            sources.check_kind(single, kind, sources.opens(kind))
     with contextlib.ExitStack() as opened:
-        for name, kind in kinds.items():
-            path = single or _needed(run, kind, precision, progress, any_verdict=allow_unverified)
-            metadata = sources.vouched(path, allow_unverified=allow_unverified)
-            if allow_unverified and not sources.sound(path):
-                unverified.append(name)
-            start = time.perf_counter()
-            backend = opened.enter_context(kind(path))
-            load_s = time.perf_counter() - start
-            artefacts[name] = path.name
-            if oracle is not None and metadata is not None:
-                progress(f"verify {name}", 0, None)
-                agreements[name] = proving.judge_backend(name, oracle, backend, metadata)
-                if not agreements[name].passed:
-                    raise MismatchError(f"{name} answers wrongly: {agreements[name].sentence}", "do not deploy it")
-            for count in batches:
-                rounds = [proving.probe_for(backend, metadata, count=count, seed=n).images for n in range(ROTATE)]
-                entered = benching.enter(backend, rounds, load_s=load_s)
-                facts = {
-                    **entered.facts,
-                    "artefact": path.name,
-                    "verdict": "unverified" if name in unverified else "pass",
-                }
-                if name in agreements:
-                    facts["error"] = agreements[name].sentence
-                contestants.append(dataclasses.replace(entered, facts=facts))
-        result = benching.measure(contestants, max_seconds=max_seconds, percentiles=percentiles, progress=progress)
+        own = _runners(kinds, run, single, precision, allow_unverified=allow_unverified, progress=progress)
+        runners = list(own)
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        for baseline in baselines:
+            runners += [_baseline(baseline, runner, folder, progress) for runner in own]
+        contestants: list[Contestant] = []
+        agreements: dict[str, Agreement] = {}
+        failures: dict[str, str] = {}
+        for runner in runners:
+            for backend, graph, load_s in _open(opened, runner, settings, cuda_graph):
+                key = " ".join(filter(None, (runner.label, backend.name)))
+                if runner.oracle is not None and runner.metadata is not None:
+                    progress(f"verify {key}", 0, None)
+                    agreements[key] = proving.judge_backend(key, runner.oracle, backend, runner.metadata)
+                    if not agreements[key].passed:
+                        raise MismatchError(f"{key} answers wrongly: {agreements[key].sentence}", "do not deploy it")
+                facts = {"artefact": runner.path.name, "verdict": runner.verdict}
+                if key in agreements:
+                    facts["error"] = agreements[key].sentence
+                for count in batches:
+                    images = [
+                        proving.probe_for(backend, runner.metadata, count=count, seed=n).images for n in range(ROTATE)
+                    ]
+                    try:
+                        entered = benching.enter(
+                            backend, images, model=runner.label, cuda_graph=graph, idle_ms=idle_ms, load_s=load_s
+                        )
+                    except UnavailableError as exc:
+                        name = row_name(runner.label, backend.name, count, graph if backend.device == "cuda" else None)
+                        failures[name] = str(exc)
+                        last = exc
+                    else:
+                        contestants.append(dataclasses.replace(entered, facts={**entered.facts, **facts}))
+        if not contestants:
+            raise last
+        result = benching.measure(
+            contestants,
+            baseline_model=racing.label(baselines[0]) if baselines else None,
+            max_seconds=max_seconds,
+            percentiles=percentiles,
+            progress=progress,
+        )
     benched = Benched(
-        bench=result, agreements=agreements, artefacts=artefacts, skipped={}, unverified=tuple(unverified)
+        bench=dataclasses.replace(result, failures={**failures, **result.failures}),
+        agreements=agreements,
+        artefacts={runner.kind.name: runner.path.name for runner in own},
+        skipped={},
+        unverified=tuple(runner.kind.name for runner in own if runner.verdict == "unverified"),
     )
     if run:
         files.write_text(run.path("results/bench.json"), records.to_json(benched.bench))
@@ -110,19 +157,52 @@ def demand_batches(batches: Sequence[int]) -> None:
         raise ReplkError(f"a batch of {wrong[0]} images cannot be timed", "give 1 or more")
 
 
-def _needed(
-    run: Workspace | None, kind: type[Backend], precision: Precision | None, progress: Progress, *, any_verdict: bool
-) -> Path:
-    """Return the newest sound artefact of a run that a backend can start from, building it when there is none."""
-    if run is None:
-        raise ContractError("neither a run nor a file")
-    suffix = ".onnx" if kind.takes == "onnx" else ".safetensors"
-    for name in run.artefacts(suffix):
-        entry = run.entry(name)
-        sound = any_verdict or (entry is not None and entry.verdict.state == "pass")
-        fits = precision in {None, "fp32"} if name == FUSED else precision is None or f".{precision}." in name
-        if sound and fits and name != "merged.safetensors":
-            return run.take(name)
-    fused, onnx = fusing.reopen(run.take(FUSED), prove=True), kind.takes == "onnx"
-    made = exporting.export_fused(fused, run, onnx=onnx, precision=precision or "fp32", progress=progress)
-    return made.file
+def _demand_honoured(settings: Settings, cuda_graph: Graphs, kinds: Mapping[str, type[Backend]]) -> None:
+    asked = settings.made() | ({"cuda_graph"} if cuda_graph == "on" else frozenset())
+    for name in sorted(asked):
+        if not any(name in kind.honours for kind in kinds.values()):
+            raise ReplkError(
+                f"--{name.replace('_', '-')} means nothing to {', '.join(kinds)}", "leave it out, or name a backend"
+            )
+
+
+def _runners(
+    kinds: Mapping[str, type[Backend]],
+    run: Workspace | None,
+    single: Path | None,
+    precision: Precision | None,
+    *,
+    allow_unverified: bool,
+    progress: Progress,
+) -> list[_Runner]:
+    oracle, found = sources.oracle_of(run, single), []
+    for kind in kinds.values():
+        path = single or building.needed(run, kind, precision, progress, any_verdict=allow_unverified)
+        metadata = sources.vouched(path, allow_unverified=allow_unverified)
+        verdict: Literal["pass", "unverified"] = (
+            "unverified" if allow_unverified and not sources.sound(path) else "pass"
+        )
+        found.append(_Runner("", kind, path, metadata, oracle, verdict))
+    return found
+
+
+def _baseline(name: str, beside: _Runner, folder: Path, progress: Progress) -> _Runner:
+    """Return another network on the backend of ours, in the same precision."""
+    precision = beside.metadata.precision if beside.metadata else "fp32"
+    path, metadata, oracle = racing.write(name, beside.kind, precision, folder, progress)
+    return _Runner(racing.label(name), beside.kind, path, metadata, oracle, "pass")
+
+
+def _open(
+    opened: contextlib.ExitStack, runner: _Runner, settings: Settings, cuda_graph: Graphs
+) -> Iterator[tuple[Backend, bool, float]]:
+    """Open a file without and, where there is a GPU for it, with a CUDA graph, as far as both are asked for."""
+    honoured, graphs = settings.only(runner.kind.honours), GRAPHS[cuda_graph]
+    for graph in graphs if "cuda_graph" in runner.kind.honours else (False,):
+        start = time.perf_counter()
+        backend = opened.enter_context(runner.kind(runner.path, dataclasses.replace(honoured, cuda_graph=graph)))
+        if graph and backend.device != "cuda":
+            raise UnavailableError(f"{backend.name} runs on the CPU here, which has no CUDA graph", "--cuda-graph auto")
+        yield backend, graph, time.perf_counter() - start
+        if backend.device != "cuda":
+            return

@@ -161,7 +161,7 @@ def _accuracies(
         precision, path = made["export"]["precision"], run.take(Path(made["file"]).name)
         made_size = tuple(made["export"]["size"])
         with proving.open_onnx(path, precision) as backend:
-            taken = verifying.any_batch(backend.run, backend.input.shape[0])
+            taken = verifying.any_batch(backend)
             found.append(
                 evaluation.evaluate(
                     taken,

@@ -98,6 +98,7 @@ def export_fused(
     if final.suffix != Path(name).suffix:
         raise ReplkError(f"{final} has no known ending", f"end it in {Path(name).suffix}")
     metadata = dataclasses.replace(fused.metadata, form=folded.form, precision=precision, verdict=None)
+    metadata = dataclasses.replace(metadata, batch=str(batch) if onnx else "")
     if size != metadata.preprocessing.size:
         preprocessing = dataclasses.replace(metadata.preprocessing, size=size, said_by="user")
         metadata = dataclasses.replace(metadata, preprocessing=preprocessing)
@@ -118,7 +119,7 @@ def export_fused(
         else:
             weights.write(part, proving.cast(folded, precision), metadata)
             stored, _ = weights.read(part)
-            content = weights.content_hash(stored)
+            content = weights.judged_hash(stored, metadata)
             if prove:
                 proof = publish.proved(
                     "export", lambda: proving.prove_weights(fused.oracle, stored, precision, size=size)

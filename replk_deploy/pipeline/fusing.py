@@ -76,9 +76,9 @@ def fuse_loaded(
         raise ReplkError(f"{final} has no known ending", "end it in .safetensors, or .pth for the reference code")
     entries.spare(loaded.path, final)
     oracle = Oracle(loaded.model, loaded.sha256)
-    metadata = _metadata(loaded, result.model, size)
-    known = metadata.verdict if loaded.metadata and not result.changed else None
-    metadata = dataclasses.replace(metadata, verdict=known)  # the source's verdict does not speak of what is made of it
+    same = loaded.metadata if not result.changed and size in {None, loaded.preprocessing.size} else None
+    metadata = same or _metadata(loaded, result.model, size)
+    known = metadata.verdict
     with files.staged(final) as part:
         dtype = next(loaded.model.parameters()).dtype if known else torch.float32
         publish.store(part, final.suffix, proving.cast(result.model, dtype), metadata)
@@ -91,7 +91,7 @@ def fuse_loaded(
                 lambda: proving.prove_fusion(oracle, stored, level=level, size=shown, progress=progress),
             )
             proof = dataclasses.replace(proof, doubt=sources.doubt(loaded))
-        verdict = known or publish.judged(proof, weights.content_hash(stored), loaded.sha256)
+        verdict = known or publish.judged(proof, weights.judged_hash(stored, metadata), loaded.sha256)
         metadata = dataclasses.replace(metadata, verdict=verdict)
         if final.suffix == ".safetensors":
             weights.write(part, stored, metadata)
@@ -115,7 +115,6 @@ def _metadata(loaded: Loaded, model: Network, size: sources.Size | None) -> Meta
         source_sha256=known.source_sha256 if known else loaded.sha256,
         source_name=known.source_name if known else loaded.file,
         selected=loaded.selected,
-        verdict=known.verdict if known else None,
     )
 
 

@@ -1,0 +1,246 @@
+"""ONNX Runtime on a GPU: its CUDA provider and its TensorRT provider.
+
+A node that a provider cannot take is a silent run on the CPU in ONNX Runtime, and a provider that does
+not load is a warning. So the libraries are loaded beforehand, settings are read back, and the placement
+of each node is asked for and judged.
+
+Nothing here has been executed on a GPU yet. What is ours is tested with a false one and with ONNX
+Runtime's CPU provider in the place of the GPU's: binding, placement, options, refusals.
+"""
+
+import abc
+import contextlib
+import ctypes
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, final
+
+from replk_deploy import machine, optional
+from replk_deploy.backends import cuda, ports
+from replk_deploy.backends.base import DEFAULT, Array, Arrays, LayerTime, Settings
+from replk_deploy.backends.cuda import CudaLaunch
+from replk_deploy.backends.ort import OrtRuntime, onnxruntime, session_options
+from replk_deploy.backends.ort_binding import NO_CAPTURE, Bound
+from replk_deploy.backends.ports import Ports
+from replk_deploy.batch import DYNAMIC, Batch
+from replk_deploy.errors import ReplkError, UnavailableError, first_line
+from replk_deploy.precision import Precision
+
+SWAP = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'replk-deploy[gpu]'"
+# What ONNX Runtime computes on the CPU to save copies: sizes, never images. Both providers have GPU kernels
+# for all of them, so none is there for want of one.
+SHAPES_ONLY = frozenset(
+    {"Shape", "Size", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Range", "ConstantOfShape"}
+)
+FEW = 3
+STREAM = "user_compute_stream"
+
+
+class OrtGpu(OrtRuntime):
+    """What the two providers share: the checks, the stream, the memory that inputs and outputs are bound to."""
+
+    honours: ClassVar[frozenset[str]] = frozenset({"cuda_graph"})
+    libraries: ClassVar[tuple[str, ...]]  # of ONNX Runtime, by the end of their names
+    lacking: ClassVar[str]  # what to install when one does not load
+
+    @classmethod
+    @final
+    def probe(cls) -> Mapping[str, str]:
+        """Return versions, provider and GPU.
+
+        Raises:
+            UnavailableError: no GPU, no build of ONNX Runtime for GPUs, two builds at once, or a library that
+                does not load.
+        """
+        found = {name: machine.version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
+        if all(found.values()):
+            both = " and ".join(f"{name} {number}" for name, number in found.items())
+            raise UnavailableError(f"{cls.name} is broken: {both} are installed and both share one module", SWAP)
+        ort = onnxruntime("gpu")
+        if cls.provider not in ort.get_available_providers():
+            raise UnavailableError(f"onnxruntime {ort.__version__} is built without {cls.provider}", SWAP)
+        cuda.demand(cls.name)
+        cls._preload()
+        for library in cls.libraries:
+            for path in Path(str(ort.__file__)).parent.glob(f"capi/*{library}*"):
+                try:
+                    ctypes.CDLL(str(path))
+                except OSError as exc:
+                    raise UnavailableError(f"{cls.provider} does not load: {first_line(exc)}", cls.lacking) from exc
+        return {"onnxruntime": ort.__version__, "provider": cls.provider, **cuda.facts()}
+
+    @classmethod
+    def _preload(cls) -> None:
+        """Load what the provider's libraries need besides what PyTorch has loaded."""
+
+    def __init__(self, artefact: Path, settings: Settings = DEFAULT) -> None:
+        """Open an ONNX file with every computing node on the GPU.
+
+        Raises:
+            ReplkError: not a whole ONNX file, or not a network from one image batch to floating outputs.
+            UnavailableError: this machine lacks what the provider needs, or the provider cannot do all of it.
+        """
+        facts = dict(self.probe())
+        self.device = "cuda"
+        self._graphs, self._ids = settings.cuda_graph, itertools.count(1)
+        self._stream = cuda.stream()
+        said, batch = ports.of_file(artefact)
+        if said.precision not in self.precisions:  # before the provider builds what takes minutes
+            raise self._not_offered(said.precision, artefact)
+        providers = self._providers(said, batch, settings)
+        options = session_options(onnxruntime("gpu"))
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        self._start(artefact, options, providers)
+        self._demand_placement(artefact)
+        self.facts = facts | {"cuda_graph": "on" if self._graphs else "off"} | self._in_force(providers[0][1])
+
+    @abc.abstractmethod
+    def _providers(
+        self, said: Ports, batch: Batch | None, settings: Settings
+    ) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the providers with their options, the one that is meant first."""
+
+    def _in_force(self, asked: Mapping[str, str]) -> dict[str, str]:
+        """Return the options asked for, once they are known to be in force; addresses tell nobody anything."""
+        held = self._session.get_provider_options()[self.provider]
+        wanted = {name: value for name, value in asked.items() if name != STREAM}
+        unlike = [f"{k}={v}, got {held.get(k)}" for k, v in wanted.items() if not _same(v, held.get(k))]
+        if unlike:
+            raise UnavailableError(f"{self.name} asked for {'; '.join(unlike)}", f"install another version: {SWAP}")
+        return wanted
+
+    def _demand_placement(self, artefact: Path) -> None:
+        """Raise UnavailableError unless every node that computes on images is the provider's."""
+        groups = self._session.get_provider_graph_assignment_info()
+        placed = [(group.ep_name, node) for group in groups for node in group.get_nodes()]
+        if self.provider not in {provider for provider, _ in placed}:
+            raise UnavailableError(f"{self.provider} takes no node of {artefact}", "use the backend torch or ort-cpu")
+        away = [
+            f"{node.name} ({node.op_type}) to {provider}"
+            for provider, node in placed
+            if provider != self.provider and node.op_type not in SHAPES_ONLY
+        ]
+        if away:
+            more = f" and {len(away) - FEW} more" if len(away) > FEW else ""
+            raise UnavailableError(
+                f"{self.provider} leaves nodes of {artefact} to others: {', '.join(away[:FEW])}{more}",
+                "a latency would be that of two devices: use the backend torch, which runs all of it on the GPU",
+            )
+
+    def _run(self, images: Array) -> Arrays:
+        launch = self._bound(images, NO_CAPTURE)
+        launch.enqueue()
+        launch.wait()
+        return {name: out.float().cpu().numpy() for name, out in launch.answer.items()}
+
+    def prepare(self, images: Array) -> CudaLaunch:
+        """Bind a batch and its outputs on the GPU and capture the graph if there is one; `run` answers outside it."""
+        self._open()
+        self.check(images)
+        launch = self._bound(images, next(self._ids) if self._graphs else NO_CAPTURE)
+        if self._graphs:
+            launch.enqueue()
+            launch.wait()
+        return launch
+
+    def _bound(self, images: Array, number: int) -> CudaLaunch:
+        """Return a launch whose addresses stay; `number` is that of its CUDA graph."""
+        run = Bound(self._open(), self.input, self.outputs, cuda.place(self._cast(images)), number)
+        return CudaLaunch(run, graph=False, on=self._stream)
+
+    def layer_times(self, images: Array, *, repeats: int) -> tuple[LayerTime, ...]:
+        """Refuse: what the profiler tells of a GPU is no time of a kernel.
+
+        Raises:
+            UnavailableError: always.
+        """
+        del images, repeats
+        raise UnavailableError(
+            f"ONNX Runtime's profiler gives {self.name} the host's launch times, which are not kernel times",
+            "profile the backend torch or trt, or the whole process: nsys profile replk bench",
+        )
+
+
+@final
+class OrtCuda(OrtGpu):
+    """An ONNX file on ONNX Runtime's CUDA provider, whose convolutions are cuDNN's."""
+
+    name: ClassVar[str] = "ort-cuda"
+    precisions: ClassVar[frozenset[Precision]] = frozenset({"fp32", "tf32", "fp16"})
+    honours: ClassVar[frozenset[str]] = frozenset({"cuda_graph", "layout", "conv_search"})
+    provider: ClassVar[str] = "CUDAExecutionProvider"
+    libraries: ClassVar[tuple[str, ...]] = ("providers_cuda",)
+    lacking: ClassVar[str] = "pip install 'onnxruntime-gpu[cuda,cudnn]', in the CUDA version of torch"
+
+    def _providers(
+        self, said: Ports, batch: Batch | None, settings: Settings
+    ) -> Sequence[tuple[str, Mapping[str, str]]]:
+        del batch  # it takes any
+        options = {
+            "device_id": "0",
+            "use_tf32": "1" if said.precision == "tf32" else "0",  # on by default
+            "cudnn_conv_algo_search": settings.conv_search.upper(),
+            "prefer_nhwc": "1" if settings.layout == "nhwc" else "0",
+            "enable_cuda_graph": "1" if self._graphs else "0",
+            STREAM: str(self._stream.cuda_stream),
+        }
+        return [(self.provider, options)]
+
+    def _not_offered(self, precision: Precision, artefact: Path) -> UnavailableError:
+        return UnavailableError(
+            f"ONNX Runtime's CUDA provider lacks kernels for {precision}: {artefact}",
+            "export it again: replk export --onnx --precision fp16, or use the backend torch or trt",
+        )
+
+
+@final
+class OrtTrt(OrtGpu):
+    """An ONNX file on ONNX Runtime's TensorRT provider, which builds its engine when it opens the file."""
+
+    name: ClassVar[str] = "ort-trt"
+    precisions: ClassVar[frozenset[Precision]] = frozenset({"tf32", "fp16"})
+    provider: ClassVar[str] = "TensorrtExecutionProvider"
+    libraries: ClassVar[tuple[str, ...]] = ("providers_cuda", "providers_tensorrt")
+    lacking: ClassVar[str] = (
+        "it needs CUDA, cuDNN and TensorRT 10: pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt<11'"
+    )
+
+    @classmethod
+    def _preload(cls) -> None:
+        with contextlib.suppress(UnavailableError):  # TensorRT may also be where the loader looks
+            optional.load("tensorrt_libs", package="tensorrt", install="tensorrt<11")
+
+    def _providers(
+        self, said: Ports, batch: Batch | None, settings: Settings
+    ) -> Sequence[tuple[str, Mapping[str, str]]]:
+        options = {
+            "device_id": "0",
+            "trt_fp16_enable": "1" if said.precision == "fp16" else "0",
+            "trt_cuda_graph_enable": "1" if settings.cuda_graph else "0",
+            STREAM: str(self._stream.cuda_stream),
+        }
+        free, *image = said.input.shape
+        if None in image:
+            raise ReplkError(
+                f"{self.name} builds for one size, and {said.input.name} takes any", "export it with --size HxW"
+            )
+        if free is None:
+            self.batches = (batch or DYNAMIC,)
+            shapes = {"min": self.batches[0].min, "opt": self.batches[0].opt, "max": self.batches[0].max}
+            options |= {
+                f"trt_profile_{which}_shapes": f"{said.input.name}:{'x'.join(map(str, (count, *image)))}"
+                for which, count in shapes.items()
+            }
+        return [(self.provider, options), ("CUDAExecutionProvider", {"device_id": "0", STREAM: options[STREAM]})]
+
+    def _not_offered(self, precision: Precision, artefact: Path) -> UnavailableError:
+        why = "has no switch for TF32, so fp32 is" if precision == "fp32" else f"has no {precision}, so that is"
+        return UnavailableError(
+            f"ONNX Runtime's TensorRT provider {why} not offered: {artefact}",
+            "export it as tf32 or fp16: replk export --onnx --precision fp16; or use ort-cuda or trt",
+        )
+
+
+def _same(asked: str, held: str | None) -> bool:
+    return held == asked or {asked, held} in ({"1", "true"}, {"1", "True"}, {"0", "false"}, {"0", "False"})

@@ -1,0 +1,71 @@
+"""The options that commands share: their types, their help, and what their text means."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from replk_deploy.errors import ReplkError
+from replk_deploy.precision import PRECISIONS
+from replk_deploy.precision import Precision as Named
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint: .pth, .pt, .pkl or .safetensors.")]
+Artefact = Annotated[Path | None, typer.Argument(help="A run folder or one file; by default the latest run.")]
+Weights = Annotated[str, typer.Option("--weights", metavar="model|ema", help="Which weights of a training checkpoint.")]
+Head = Annotated[str | None, typer.Option(help="Which of several classifier heads to keep.")]
+Size = Annotated[str | None, typer.Option(metavar="N|HxW", help="Input size; by default what the checkpoint says.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of into the run folder.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the proof; the file is marked unverified.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
+Batch = Annotated[str, typer.Option(metavar="N|MIN:MAX|MIN:OPT:MAX", help="Images at a time.")]
+Precision = Annotated[
+    str, typer.Option("--precision", metavar="|".join(PRECISIONS), help="Type of weights and results.")
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where PyTorch runs; auto is the GPU where there is one.")
+]
+Layout = Annotated[
+    Literal["auto", "nchw", "nhwc"], typer.Option(help="Memory layout of activations; auto is the backend's choice.")
+]
+ConvSearch = Annotated[
+    Literal["exhaustive", "heuristic", "default"],
+    typer.Option(help="How ONNX Runtime's CUDA provider picks convolution algorithms."),
+]
+AllowUnverified = Annotated[
+    bool, typer.Option("--allow-unverified", help="Take a file that no verdict vouches for; the result says so.")
+]
+
+
+def share_of(text: str | None) -> float | None:
+    """Read a share: 3% or 0.03."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
+    if not found:
+        raise ReplkError(f"{text} is no share", "write it as 3% or 0.03")
+    return float(found[1]) / (100 if found[2] else 1)
+
+
+def source_of(text: str) -> Any:
+    """Read --weights."""
+    if text not in {"model", "ema"}:
+        raise ReplkError(f"--weights {text} is not known", "choose model or ema")
+    return text
+
+
+def precision_of(text: str) -> Named:
+    """Read --precision."""
+    if text not in PRECISIONS:
+        raise ReplkError(f"--precision {text} is not known", f"choose from {', '.join(PRECISIONS)}")
+    return text
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """Read --size: height and width."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if not found or not int(found[1]) or found[2] == "0":
+        raise ReplkError(f"--size {text} is not a size", "write N or HxW, for example 224 or 512x2048")
+    return int(found[1]), int(found[2] or found[1])

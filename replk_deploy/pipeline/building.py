@@ -1,0 +1,201 @@
+"""`replk build`: an exported file → the engine of one runtime, judged where it can run, with its sidecar."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from replk_deploy import backends as runtimes
+from replk_deploy import build as construction
+from replk_deploy import files, machine, publish, records, sources
+from replk_deploy import proof as proving
+from replk_deploy.backends import sidecar
+from replk_deploy.backends.base import Backend, Engine, Recipe
+from replk_deploy.backends.sidecar import Sidecar
+from replk_deploy.errors import ContractError, IntegrityError, MismatchError, ReplkError
+from replk_deploy.metadata import Verdict
+from replk_deploy.pipeline import entries, exporting, fusing
+from replk_deploy.precision import Precision
+from replk_deploy.progress import Progress, silent
+from replk_deploy.proof import Oracle, Proof
+from replk_deploy.sources import FUSED
+from replk_deploy.workspace import ROOT, Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """An engine and what vouches for it; `absent` says what this machine lacks to run it."""
+
+    KIND: ClassVar[str] = "built"
+    FORMAT: ClassVar[int] = 1
+
+    sidecar: Sidecar
+    proof: Proof | None
+    verdict: Verdict
+    absent: str
+    file: Path
+
+
+def build(
+    artefact: Path | None = None,
+    *,
+    backend: str,
+    output: Path | None = None,
+    precision: Precision | None = None,
+    recipe: Recipe | None = None,
+    refit: Path | None = None,
+    prove: bool = True,
+    allow_unverified: bool = False,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> Built:
+    """Build the engine of a backend from a run or one file, in the run or at `output`.
+
+    Raises:
+        ReplkError: the backend opens exported files as they are, or starts from another kind of file.
+        IntegrityError: no verdict vouches for the file to start from.
+    """
+    kind = runtimes.find(backend)
+    if not issubclass(kind, Engine):
+        raise ReplkError(f"{backend} opens {sources.opens(kind)} files as they are", "nothing needs to be built for it")
+    run, single = sources.run_or_file(artefact, root)
+    if single:
+        sources.check_kind(single, kind, sources.starts_from(kind))
+    source = single or needed_source(run, kind, precision, progress, any_verdict=allow_unverified)
+    if run is None and output is None:
+        output = source.with_name(f"{source.stem}.{kind.name}{kind.suffix}")
+    oracle = sources.oracle_of(run, single) if prove else None
+    return build_file(
+        source,
+        kind,
+        run,
+        output=output,
+        oracle=oracle,
+        recipe=recipe or Recipe(),
+        refit=refit,
+        prove=prove,
+        allow_unverified=allow_unverified,
+        progress=progress,
+    )
+
+
+def build_file(
+    source: Path,
+    kind: type[Engine],
+    run: Workspace | None,
+    *,
+    output: Path | None = None,
+    oracle: Oracle | None = None,
+    recipe: Recipe,
+    refit: Path | None = None,
+    prove: bool = True,
+    allow_unverified: bool = False,
+    progress: Progress = silent,
+) -> Built:
+    """Build an engine from one file and judge it, by the float64 network where its weights are at hand."""
+    doubt = _doubt(source, allow_unverified=allow_unverified)
+    if refit is not None and sidecar.read(refit).backend != kind.name:
+        raise ReplkError(f"{refit} was not built for {kind.name}", f"name an engine of {kind.name} with --refit")
+    name = engine_name(kind, source)
+    final = output or (run.path(name) if run else Path(name))
+    if final.suffix != kind.suffix:
+        raise ReplkError(f"{final} has no known ending", f"end it in {kind.suffix}")
+    entries.spare(source, final)
+    with files.staged(final) as part:
+        made = construction.build(source, part, kind, recipe=recipe, refit=refit, progress=progress)
+        sidecar.write(part, made.sidecar)
+        try:
+            proof = None
+            if prove and not made.absent:
+                proof = publish.proved("build", lambda: _judge(part, source, kind, oracle, progress))
+                proof = dataclasses.replace(proof, doubt=proof.doubt or doubt)
+            verdict = publish.judged(proof, made.sidecar.sha256, oracle.sha256 if oracle else "")
+            if proof is None and made.absent:
+                verdict = dataclasses.replace(verdict, why=f"built for an absent device: {made.absent}")
+        finally:
+            sidecar.place(part).unlink(missing_ok=True)
+        said = dataclasses.replace(made.sidecar, verdict=verdict)
+        file = publish.place(part, final, verdict, run)
+        sidecar.write(file, said)
+    built = Built(sidecar=said, proof=proof, verdict=verdict, absent=made.absent, file=file)
+    if run and not output:
+        made_from = {source.name: said.source_sha256}
+        entries.enter(run, name, built, made_from=made_from, by="build", options=_options(recipe, said.made_with))
+    return built
+
+
+def engine_name(kind: type[Engine], source: Path) -> str:
+    """Return the name in a run of the engine made of a file."""
+    return f"{kind.name}/{source.stem}{kind.suffix}"
+
+
+def needed(
+    run: Workspace | None, kind: type[Backend], precision: Precision | None, progress: Progress, *, any_verdict: bool
+) -> Path:
+    """Return the newest sound artefact of a run that a backend can open, making it when there is none."""
+    source = needed_source(run, kind, precision, progress, any_verdict=any_verdict)
+    if run is None or not issubclass(kind, Engine):
+        return source
+    name = engine_name(kind, source)
+    if run.entry(name) and sidecar.place(run.path(name)).is_file():
+        engine = run.take(name)
+        said = sidecar.read(engine)
+        if said.verdict.state == "pass" and said.source_sha256 == files.sha256(source):
+            with contextlib.suppress(IntegrityError), kind(engine):  # another version or device: built again
+                return engine
+    oracle = sources.oracle_of(run, None)
+    built = build_file(
+        source, kind, run, oracle=oracle, recipe=Recipe(), allow_unverified=any_verdict, progress=progress
+    )
+    if built.verdict.state == "rejected":
+        raise MismatchError(f"{built.file} was rejected: {built.verdict.why}", "do not deploy it")
+    return built.file
+
+
+def needed_source(
+    run: Workspace | None, kind: type[Backend], precision: Precision | None, progress: Progress, *, any_verdict: bool
+) -> Path:
+    """Return the newest sound artefact of a run that a backend can start from, exporting it when there is none."""
+    if run is None:
+        raise ContractError("neither a run nor a file")
+    states = {"pass", "provisional"} if issubclass(kind, Engine) else {"pass"}  # the engine is judged by itself
+    for name in run.artefacts(sources.starts_from(kind)):
+        entry = run.entry(name)
+        sound = any_verdict or (entry is not None and entry.verdict.state in states)
+        fits = precision in {None, "fp32"} if name == FUSED else precision is None or f".{precision}." in name
+        if sound and fits and name != "merged.safetensors":
+            return run.take(name)
+    fused, onnx = fusing.reopen(run.take(FUSED), prove=True), kind.takes == "onnx"
+    made = exporting.export_fused(fused, run, onnx=onnx, precision=precision or "fp32", progress=progress)
+    return made.file
+
+
+def _judge(engine: Path, source: Path, kind: type[Engine], oracle: Oracle | None, progress: Progress) -> Proof:
+    metadata = sources.header(source)
+    with kind(engine) as backend:
+        progress(f"verify {kind.name}", 0, None)
+        if oracle is not None:
+            return proving.prove_backend("build", oracle, backend, metadata)
+        return proving.prove_by_graph(source, backend, metadata)
+
+
+def _doubt(source: Path, *, allow_unverified: bool) -> str:
+    """Say why an engine of this file is a doubtful one; empty when it is not.
+
+    Raises:
+        IntegrityError: no verdict vouches for the file, and nobody allowed that.
+    """
+    said = sources.header(source)
+    state = said.verdict.state if said and said.verdict else None
+    if state == "rejected" or (state not in {"pass", "provisional"} and not allow_unverified):
+        raise IntegrityError(
+            f"{source} {f'is {state}' if state else 'has no verdict'}",
+            "export it with replk without --no-verify, or build it all the same with --allow-unverified",
+        )
+    return "" if state in {"pass", "provisional"} else f"no verdict vouches for {source.name}"
+
+
+def _options(recipe: Recipe, made_with: Mapping[str, str]) -> Mapping[str, Any]:
+    return {**records.plain(recipe), "made_with": {**machine.versions(), **made_with}}

@@ -1,0 +1,61 @@
+"""A network that is not ours, written as a file that a backend opens, so that it can be timed beside ours."""
+
+import dataclasses
+from pathlib import Path
+
+from replk_deploy import build as construction
+from replk_deploy import export as exporting
+from replk_deploy import graph, sources, weights
+from replk_deploy import proof as proving
+from replk_deploy.backends import sidecar
+from replk_deploy.backends.base import Backend, Engine, Recipe
+from replk_deploy.batch import DYNAMIC
+from replk_deploy.metadata import Metadata
+from replk_deploy.models import baselines
+from replk_deploy.precision import Precision
+from replk_deploy.progress import Progress
+from replk_deploy.proof import Oracle
+
+
+def label(name: str) -> str:
+    """Return what the rows of a network named as `timm:NAME` are called."""
+    return name.partition(":")[2]
+
+
+def write(
+    name: str, kind: type[Backend], precision: Precision, folder: Path, progress: Progress
+) -> tuple[Path, Metadata, Oracle]:
+    """Write a network with seeded random weights as the file that a backend opens; the oracle is its float64 form.
+
+    Raises:
+        ReplkError: nobody knows the name.
+        UnavailableError: the library of that network is not installed.
+    """
+    progress(f"baseline {name}", 0, None)
+    network, preprocessing = baselines.baseline(name)
+    sha256 = weights.content_hash(network)
+    metadata = Metadata(
+        family=network.family,
+        form=network.form,
+        geometry=network.describe(),
+        label=network.geometry.label,
+        precision=precision,
+        preprocessing=preprocessing,
+        source_sha256=sha256,
+        source_name=name,
+    )
+    ending = sources.starts_from(kind)
+    path = folder / f"{label(name)}.{precision}{ending}"
+    if path.exists():
+        pass
+    elif ending == ".safetensors":
+        weights.write(path, proving.cast(network, precision), metadata)
+    else:
+        metadata = dataclasses.replace(metadata, batch=str(DYNAMIC))
+        exporting.export(network, path, precision=precision, size=preprocessing.size, batch=DYNAMIC, embed=None)
+        graph.seal(path, metadata)
+    if issubclass(kind, Engine):
+        source, path = path, folder / f"{label(name)}.{precision}.{kind.name}{kind.suffix}"
+        made = construction.build(source, path, kind, recipe=Recipe(), progress=progress)
+        sidecar.write(path, made.sidecar)
+    return path, metadata, Oracle(network, sha256)
