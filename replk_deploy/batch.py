@@ -6,6 +6,7 @@ from typing import Self
 from replk_deploy.errors import ReplkError
 
 PARTS = 3  # MIN:OPT:MAX
+MOST = 2**16  # more images at a time are a slip of the hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class Batch:
             ReplkError: it is none of these.
         """
         parts = text.split(":")
-        numbers = [int(p) for p in parts if p.isdecimal() and int(p) > 0]
+        numbers = [int(p) for p in parts if p.isdecimal() and 0 < int(p) <= MOST]
         if len(numbers) != len(parts) or len(numbers) > PARTS or numbers != sorted(numbers):
             raise ReplkError(f"--batch {text} is not a batch", "write N, MIN:MAX or MIN:OPT:MAX, for example 1:8:64")
         return cls(min=numbers[0], opt=numbers[-2 if len(numbers) == PARTS else -1], max=numbers[-1])

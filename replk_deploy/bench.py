@@ -143,17 +143,14 @@ def measure(
             all have failed.
     """
     chosen = _chosen(contestants, baseline, baseline_model)
-    if not set(percentiles) <= NEEDED.keys():
-        raise ReplkError(f"percentiles {percentiles} are not all known", f"choose from {', '.join(map(str, NEEDED))}")
-    if not max_seconds > 0:
-        raise ReplkError(f"{max_seconds} seconds are no time", "give --max-seconds above 0")
+    demand(percentiles, max_seconds)
     environment = machine.environment()
     with contextlib.ExitStack() as held:
         if watch is None and any(c.device == "cuda" for c in contestants):
             watch = held.enter_context(clocks.watching(machine.visible_gpus(), clock=clock))
-        watch = watch or clocks.Blind()
+        watch, blind = watch or clocks.Blind(), clocks.Blind()
         begun = clock()
-        lanes = [Lane(c, clock, sleep, watch) for c in contestants]
+        lanes = [Lane(c, clock, sleep, watch if c.device == "cuda" else blind) for c in contestants]
         _race(lanes, percentiles, max_seconds, clock, progress)
         series = clocks.series(watch, begun, clock())
     return Bench(
@@ -169,6 +166,15 @@ def measure(
         failures={lane.contestant.name: lane.failure for lane in lanes if lane.failure},
         gpu=series,
     )
+
+
+def demand(percentiles: Sequence[int], max_seconds: float) -> None:
+    """Raise ReplkError unless these percentiles are known and there is time for them."""
+    if not set(percentiles) <= NEEDED.keys():
+        asked = ", ".join(map(str, percentiles))
+        raise ReplkError(f"percentiles {asked} are not all known", f"choose from {', '.join(map(str, NEEDED))}")
+    if not max_seconds > 0:
+        raise ReplkError(f"{max_seconds} seconds are no time", "give --max-seconds above 0")
 
 
 def _chosen(contestants: Sequence[Contestant], baseline: str | None, model: str | None) -> str:

@@ -167,6 +167,11 @@ def _ours(path: Path, metadata: Metadata) -> Loaded:
 
 
 def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
+    empty = [n for n, t in tensors.items() if t.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{path} has no values in {len(empty)} tensors: {', '.join(empty)}", "save the model from a real device"
+        )
     integers = [n for n, t in tensors.items() if not t.is_floating_point() and not n.endswith("num_batches_tracked")]
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
     negative = [n for n, t in tensors.items() if n.endswith("running_var") and (t < 0).any()]

@@ -1,5 +1,8 @@
 """The command line: parse, call one function of `pipeline`, render, exit."""
 
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,6 +10,7 @@ import typer
 import typer.core
 
 from replk_deploy import __version__, options, render
+from replk_deploy.backends import BACKENDS
 from replk_deploy.batch import DYNAMIC
 from replk_deploy.batch import Batch as Range
 from replk_deploy.errors import Exit, ReplkError
@@ -39,7 +43,7 @@ class ErrorsAtTheEdge(typer.core.TyperGroup):
         except ReplkError as exc:
             render.error(exc)
             word = {Exit.MISMATCH: "rejected", Exit.INCONCLUSIVE: "inconclusive"}.get(exc.code, "error")
-            render.verdict(word, f"{ctx.invoked_subcommand}: {exc.problem.splitlines()[0]}", render.err)
+            render.verdict(word, f"{ctx.invoked_subcommand}: {exc.problem.splitlines()[0].rstrip(':')}", render.err)
             raise typer.Exit(exc.code) from exc
         except KeyboardInterrupt:
             render.note("interrupted; temporary files are removed")
@@ -116,8 +120,8 @@ def fuse(
         if not made.fusion.changed:
             render.out.print("already fused: nothing to merge or fold")
         else:
-            counts = f"{len(made.fusion.merged)} blocks merged, {len(made.fusion.folded)} BatchNorms folded"
-            render.out.print(f"{counts}, {len(made.fusion.left)} left")
+            merged, folded, left = len(made.fusion.merged), len(made.fusion.folded), len(made.fusion.left)
+            render.out.print(f"{merged} blocks merged with their BatchNorms, {folded} others folded, {left} left")
         if made.proof:
             render.proof(made.proof)
 
@@ -194,7 +198,7 @@ def verify(
             size=options.size_of(size),
             progress=progress,
         )
-    last = f"verify {candidate.name} · worst {found.worst:.2f} of allowance"
+    last = f"verify {reference.name} and {candidate.name} · worst {found.worst:.2f} of allowance"
     render.show(found, lambda: render.proof(found), last, found.state, as_json=as_json)
     _exit(found.state)
 
@@ -213,9 +217,9 @@ def build(
     ] = [],  # noqa: B006  # typer copies it
     level: Annotated[int | None, typer.Option(min=0, max=5, help="Builder optimisation level.")] = None,
     workspace_mib: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of a layer, in MiB.")] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="Kept there between builds.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="Folder that keeps timings between builds.")] = None,
     compute_capability: Annotated[
-        list[str], typer.Option(metavar="X.Y", help="Of a GPU to build for; repeatable; else the GPU at hand.")
+        list[str], typer.Option(metavar="X.Y", help="Of a GPU to build for; repeatable; else the runtime's choice.")
     ] = [],  # noqa: B006
     hardware: Annotated[
         Literal["none", "ampere-plus", "same-compute-capability"],
@@ -265,7 +269,7 @@ def build(
 def bench(
     artefact: Artefact = None,
     *,
-    backend: Annotated[list[str], typer.Option(help="Runtime; repeatable, the first is the baseline.")],
+    backend: Annotated[list[str], typer.Option(help=f"{', '.join(BACKENDS)}; repeatable, the first is the baseline.")],
     batch: Annotated[list[int], typer.Option(help="Images at a time; repeatable.")] = [1],  # noqa: B006  # typer copies it
     baseline: Annotated[
         list[str], typer.Option(metavar="timm:NAME", help="Another network beside ours; repeatable.")
@@ -339,7 +343,7 @@ def compare(
 def profile(
     artefact: Artefact = None,
     *,
-    backend: Annotated[str, typer.Option(help="Runtime.")],
+    backend: Annotated[str, typer.Option(help="Runtime, as in bench.")],
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
     repeats: Annotated[int, typer.Option(min=3, help="Inferences that are timed.")] = 20,
     device: Device = "auto",
@@ -361,7 +365,7 @@ def profile(
             allow_unverified=allow_unverified,
             progress=progress,
         )
-    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%}"
+    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%} of it"
     render.show(found, lambda: render.profile(found), last, "pass", as_json=as_json)
 
 
@@ -371,8 +375,7 @@ def doctor(*, as_json: Json = None) -> None:
     from replk_deploy import doctor as medicine
 
     found = medicine.doctor()
-    last = f"doctor {len(found.ready)} backends ready: {', '.join(found.ready)}"
-    render.show(found, lambda: render.doctor(found), last, "pass", as_json=as_json)
+    render.show(found, lambda: render.doctor(found), f"doctor {found.sentence}", "pass", as_json=as_json)
 
 
 @app.command()
@@ -442,8 +445,12 @@ def selftest(*, as_json: Json = None) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
-    app(prog_name="replk")
+    """Run the command line; a request to end is an interrupt, and a reader that went away no error."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(prog_name="replk")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
 
 
 def _finish(made: Any, words: Any, what: str, as_json: Path | None) -> None:

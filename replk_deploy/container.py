@@ -64,6 +64,8 @@ def read(path: Path, *, source: Source = "model") -> Contents:
         return _unwrap(path, _torch_zip(path), source)
     if head[0] == pickle.PROTO[0]:
         return _unwrap(path, _pickle(path), source)
+    if path.suffix == ".onnx":
+        raise CheckpointError(f"{path} is an ONNX file, not a checkpoint", "judge it: replk verify CHECKPOINT FILE")
     raise CheckpointError(
         f"{path} is not a checkpoint: it starts with {head[:8]!r}",
         "name a file written by torch.save, MegEngine or safetensors",

@@ -133,16 +133,14 @@ def _environment() -> dict[str, Fact]:
 
 def _version(fact: Fact) -> Version:
     """Read a version, however it is written; empty when there is none, which is below every other."""
-    if isinstance(fact, int):  # cuDNN's own: 92401 is 9.24.1, and 8907 was 8.9.7
-        major = 10_000 if fact >= 10_000 else 1_000  # noqa: PLR2004
-        return (fact // major, fact % major // 100, fact % 100)
+    if isinstance(fact, int):  # cuDNN's own: 92401 is 9.24.1; those before 9 had one digit less, and come out as 0
+        return (fact // 10_000, fact // 100 % 100, fact % 100)
     return tuple(map(int, re.findall(r"\d+", str(fact or "").partition("+")[0])))
 
 
 def _between(low: Version, facts: Facts, name: str, high: Version) -> bool:
-    """Tell whether something is there in a version from `low` on and below `high`."""
-    found = _version(facts.get(name))
-    return bool(found) and low <= found < high
+    """Tell whether something is there in a version from `low` on and below `high`; what is absent is below 0."""
+    return low <= _version(facts.get(name)) < high
 
 
 def _number(facts: Facts, name: str) -> float:

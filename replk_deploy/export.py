@@ -63,7 +63,7 @@ class _Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.embed:
-            images = (images.permute(0, 3, 1, 2).float() * self.scale + self.shift).to(self.dtype)
+            images = (images.float().permute(0, 3, 1, 2) * self.scale + self.shift).to(self.dtype)
         outputs: tuple[Tensor, ...] = self.network(images)
         return outputs
 
@@ -94,7 +94,8 @@ def export(
     row = TOLERANCES[precision]
     if min(size) < model.geometry.stride // 2:
         raise ReplkError(
-            f"{size[0]}x{size[1]} is too small for this network", f"use at least --size {model.geometry.stride}"
+            f"{size[0]}x{size[1]} is too small for this network",
+            f"use at least --size {model.geometry.stride // 2}, better {model.geometry.stride}",
         )
     if sum(p.numel() for p in model.parameters()) * row.torch_dtype.itemsize > LIMIT_BYTES:
         raise ReplkError("the file would pass 2 GiB, which ONNX cannot hold", "export with --precision fp16")
@@ -159,6 +160,12 @@ def check(
         f"{nodes.get('Conv', 0)} convolutions, the network has {convs}": nodes.get("Conv", 0) != convs,
         f"{nodes.get('BatchNormalization', 0)} BatchNorms left": nodes.get("BatchNormalization", 0) > norms,
         f"weights of type {sorted(types)}": not types <= ({row.onnx, "FLOAT"} if embed else {row.onnx}),
+        "an approximate GELU": any(
+            a.name == "approximate" and a.s != b"none"
+            for n in graph.graph.node
+            if n.op_type == "Gelu"
+            for a in n.attribute
+        ),
         "notes of the exporter's machine in the file": b".py" in text or _noted(graph),
         "a batch dimension that became constant": any(not s.split()[1].startswith(first[0]) for s in outputs.values()),
     }

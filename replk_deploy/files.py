@@ -25,7 +25,7 @@ def writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ReplkError(
-            f"{folder} cannot be written: {exc.strerror}", "name another place with -o, or run in another folder"
+            f"{folder} cannot be written: {exc.strerror}", "name another place, or run in another folder"
         ) from exc
 
 
@@ -47,7 +47,7 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield part
     except OSError as exc:  # a full disk, above all
-        raise ReplkError(f"{path} cannot be written: {exc.strerror or exc}", "name another place with -o") from exc
+        raise ReplkError(f"{path} cannot be written: {exc.strerror or exc}", "name another place") from exc
     finally:
         part.unlink(missing_ok=True)
 
@@ -62,9 +62,12 @@ def commit(part: Path, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("rb") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)  # what writes it may have made it private
         part.replace(path)
     except OSError as exc:
-        raise ReplkError(f"{path} cannot be written: {exc.strerror}", "name another place with -o") from exc
+        raise ReplkError(f"{path} cannot be written: {exc.strerror}", "name another place") from exc
 
 
 def write_text(path: Path, text: str) -> None:

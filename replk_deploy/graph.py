@@ -10,7 +10,7 @@ from replk_deploy.errors import IntegrityError, ReplkError, first_line
 from replk_deploy.metadata import PREFIX, Metadata
 from replk_deploy.precision import TOLERANCES
 
-CONV_DIMS = 4
+MATRIX = 2  # dimensions
 VERDICT = f"{PREFIX}verdict"
 
 
@@ -20,6 +20,8 @@ def load(path: Path) -> onnx.ModelProto:
     Raises:
         ReplkError: not there, cut short, or no ONNX model with a graph.
     """
+    if not path.is_file():
+        raise ReplkError(f"{path} does not exist", "write it: replk export --onnx")
     try:
         model = onnx.load(path)
     except Exception as exc:  # protobuf and onnx raise many kinds
@@ -38,13 +40,34 @@ def header(path: Path) -> Metadata | None:
         metadata = Metadata.from_strings({p.key: p.value for p in model.metadata_props})
     except ValueError as exc:
         raise ReplkError(f"{path}: {exc}", "export it again: replk export --onnx") from exc
-    kernels = {onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer if len(t.dims) == CONV_DIMS}
+    kernels = _kernels(model.graph)
     if metadata and kernels and kernels != {TOLERANCES[metadata.precision].onnx}:
         raise IntegrityError(
             f"{path} says {metadata.precision} and holds {', '.join(sorted(kernels))} kernels",
             "export it again: replk export --onnx",
         )
     return metadata
+
+
+def _kernels(graph: onnx.GraphProto) -> set[str]:
+    """Name the types of what the graph convolves and multiplies with."""
+    types = {t.name: t.data_type for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            types.update((node.output[0], a.t.data_type) for a in node.attribute if a.name == "value")
+    wanted = {node.input[1] for node in graph.node if node.op_type == "Conv"}
+    wanted |= {node.input[1] for node in graph.node if node.op_type in {"Gemm", "MatMul"} and node.input[1] in types}
+    return {onnx.TensorProto.DataType.Name(types[name]) if name in types else "computed" for name in wanted}
+
+
+def tensors(path: Path) -> set[tuple[tuple[int, ...], bytes]]:
+    """Return shape and SHA-256 of the bytes of each weight in an ONNX file, a matrix also as it lies on its side."""
+    found = set()
+    for tensor in load(path).graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        for turned in (array, array.T) if array.ndim == MATRIX else (array,):
+            found.add((turned.shape, hashlib.sha256(turned.tobytes()).digest()))
+    return found
 
 
 def content_hash(path: Path) -> str:

@@ -49,7 +49,7 @@ class Pictures:
         try:
             with pillow.open(self.files[index]) as picture:
                 return preprocessing.pixels(picture)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, pillow.DecompressionBombError) as exc:
             raise ReplkError(f"{self.files[index]} is not a picture: {exc}", "remove it from the folder") from exc
 
 
@@ -97,6 +97,8 @@ def _arrays(path: Path) -> tuple[Pixels, npt.NDArray[np.int64]]:
         images = np.repeat(images[..., None], 3, axis=-1)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:  # noqa: PLR2004
         raise ReplkError(f"{path} holds images {images.dtype} {images.shape} and labels {labels.shape}", EXPECTED)
+    if 0 in images.shape[1:3]:
+        raise ReplkError(f"{path} holds images of {images.shape[1]}x{images.shape[2]} pixels", EXPECTED)
     if labels.dtype.kind not in "iu":
         raise ReplkError(f"{path} holds labels of type {labels.dtype}, not whole numbers", EXPECTED)
     return images, labels.astype(np.int64)

@@ -65,7 +65,8 @@ def inspect(loaded: Loaded, *, size: tuple[int, int] | None = None) -> Inspectio
     model, size = loaded.model, size or loaded.preprocessing.size
     if min(size) < model.geometry.stride // 2:
         raise ReplkError(
-            f"{size[0]}x{size[1]} is too small for this network", f"use at least --size {model.geometry.stride}"
+            f"{size[0]}x{size[1]} is too small for this network",
+            f"use at least --size {model.geometry.stride // 2}, better {model.geometry.stride}",
         )
     folded = type(model).empty(model.geometry, "folded")
     counted, fused = _count(type(model).empty(model.geometry, model.form), size), _count(folded, size)

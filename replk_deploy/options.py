@@ -10,6 +10,13 @@ from replk_deploy.errors import ReplkError
 from replk_deploy.precision import PRECISIONS
 from replk_deploy.precision import Precision as Named
 
+
+def _record(path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".json" and str(path) != "-":
+        raise ReplkError(f"--json {path} does not end in .json", "name a .json file, or - for stdout")
+    return path
+
+
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint: .pth, .pt, .pkl or .safetensors.")]
 Artefact = Annotated[Path | None, typer.Argument(help="A run folder or one file; by default the latest run.")]
 Weights = Annotated[str, typer.Option("--weights", metavar="model|ema", help="Which weights of a training checkpoint.")]
@@ -17,7 +24,10 @@ Head = Annotated[str | None, typer.Option(help="Which of several classifier head
 Size = Annotated[str | None, typer.Option(metavar="N|HxW", help="Input size; by default what the checkpoint says.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of into the run folder.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the proof; the file is marked unverified.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=_record, help="Write the result as .json; - for stdout."),
+]
 Batch = Annotated[str, typer.Option(metavar="N|MIN:MAX|MIN:OPT:MAX", help="Images at a time.")]
 Precision = Annotated[
     str, typer.Option("--precision", metavar="|".join(PRECISIONS), help="Type of weights and results.")
@@ -66,6 +76,6 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not found or not int(found[1]) or found[2] == "0":
+    if not found or not int(found[1]) or not int(found[2] or 1):
         raise ReplkError(f"--size {text} is not a size", "write N or HxW, for example 224 or 512x2048")
     return int(found[1]), int(found[2] or found[1])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 WARP_FROM = 384
+MOST = 2**15  # pixels a side
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -82,4 +83,6 @@ def from_args(args: argparse.Namespace | None, label: str) -> Preprocessing:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    """Return a number that a size or a share can be; None for anything else."""
+    sensible = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MOST
+    return float(value) if sensible else None  # type: ignore[arg-type]  # a number, if sensible

@@ -96,7 +96,8 @@ class Profile:
     KIND: ClassVar[str] = "profile"
     FORMAT: ClassVar[int] = 1
     DERIVED: ClassVar[tuple[str, ...]] = (
-        *("whole_ms", "layers_ms", "unattributed_ms", "large_ms", "large_share", "large_ratio", "sentence", "doubts"),
+        *("whole_ms", "watched_ms", "layers_ms", "unattributed_ms"),
+        *("large_ms", "large_share", "large_ratio", "sentence", "doubts"),
     )
 
     environment: Mapping[str, machine.Fact]
@@ -118,6 +119,11 @@ class Profile:
         return quantile((*self.before_ms, *self.after_ms), 0.5)
 
     @property
+    def watched_ms(self) -> Quantile:
+        """Give the median of what the layers of one inference add up to."""
+        return quantile([sum(column) for column in zip(*(layer.samples_ms for layer in self.layers), strict=True)], 0.5)
+
+    @property
     def layers_ms(self) -> float:
         """Add up the medians of the layers."""
         return sum(layer.ms.value for layer in self.layers)
@@ -125,7 +131,7 @@ class Profile:
     @property
     def unattributed_ms(self) -> float:
         """Give what the layers leave of the whole; negative where watching them cost more than that."""
-        return 0.0
+        return self.whole_ms.value - self.layers_ms
 
     @property
     def large_ms(self) -> float:
@@ -148,7 +154,11 @@ class Profile:
         """Say what share the large depthwise kernels have, and what follows from it."""
         ratio = self.large_ratio
         if ratio is None:
-            return f"no large depthwise kernel among the layers; {self._rest}"
+            hidden = any(site.large for site in self.lost) or not any(layer.sites for layer in self.layers)
+            known = (
+                "it is not known which layers are large depthwise kernels" if hidden else "no large depthwise kernel"
+            )
+            return f"{known}; {self._rest}"
         found = f"large depthwise kernels: {self.large_ms:.3g} of {self.whole_ms.value:.3g} ms, {self.large_share:.0%}"
         times = f"{ratio:.2g}x what this device could do"
         if self.large_share < DECIDES:
@@ -160,20 +170,25 @@ class Profile:
     @property
     def doubts(self) -> tuple[str, ...]:
         """Say in words what speaks against the numbers; empty when nothing does."""
-        whole, rest, found = self.whole_ms.value, self.unattributed_ms, []
+        whole, watched, found = self.whole_ms.value, self.watched_ms.value, []
         missing = [site.name for site in self.lost if site.large]
         if missing:
             found.append(
                 f"{len(missing)} large kernels are in no layer that {self.backend} names, as {missing[0]}: the share of"
                 " the large kernels is a lower bound"
             )
-        if rest < -SLACK * whole:
+        if watched - whole > SLACK * whole:
             found.append(
-                f"the layers add up to {1 - rest / whole:.0%} of the whole: watching them takes time, so compare them"
+                f"the layers add up to {watched / whole:.0%} of the whole: watching them takes time, so compare them"
                 " with one another only"
             )
-        elif rest > SLACK * whole:
-            found.append(f"{rest / whole:.0%} of the whole is in no layer: between them, or in what has no name")
+        elif whole - watched > SLACK * whole:
+            found.append(f"{1 - watched / whole:.0%} of the whole is in no layer: between them, or in what has no name")
+        if watched - self.layers_ms > SLACK * whole:
+            found.append(
+                f"the layers of one inference take {watched:.3g} ms, their medians add up to {self.layers_ms:.3g}:"
+                " something interrupts now this layer, now that one. Quiet the machine"
+            )
         sides = quantile(self.before_ms, 0.5).value, quantile(self.after_ms, 0.5).value
         if max(sides) - min(sides) > SLACK * whole:
             found.append(
@@ -270,6 +285,8 @@ def _rows(
         if len(timed.samples_ms) != repeats:
             raise ContractError(f"{timed.name} has {len(timed.samples_ms)} times, asked for {repeats}")
         groups.setdefault(owners(timed.name, sites) or (timed.name,), []).append(timed)
+    if not groups:
+        raise ContractError("a runtime that tells its layers apart told none")
     counted: set[str] = set()
     size = int(TOLERANCES[roofline.precision].torch_dtype.itemsize)
     for names, group in groups.items():

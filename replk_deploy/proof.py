@@ -5,10 +5,12 @@ a poisoned copy that goes through the same code, because a checkpoint may be too
 A failed proof names the first block at fault.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from replk_deploy import bisect as bisection
 from replk_deploy import graph, tf32, verify
 from replk_deploy.backends.base import Backend
 from replk_deploy.backends.ort import OrtCpu
+from replk_deploy.batch import Batch
 from replk_deploy.bisect import Bisection, BlockAnswer
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.errors import InconclusiveError, ReplkError
@@ -108,7 +111,14 @@ class Oracle:
         """Return the answers to a probe, computed once."""
         key = repr((probe.names, probe.images.shape, preprocessing)).encode() + probe.images.tobytes()
         if key not in self._known:
-            self._known[key] = answer_of(self.model, preprocessing=preprocessing)(probe.images)
+            found = answer_of(self.model, preprocessing=preprocessing)(probe.images)
+            broken = [name for name, out in found.items() if not np.isfinite(out).all()]
+            if broken:
+                raise ReplkError(
+                    f"the reference answers NaN or infinity in {', '.join(broken)}, even in float64",
+                    "its weights explode: take an earlier checkpoint of the run",
+                )
+            self._known[key] = found
         return self._known[key]
 
 
@@ -184,6 +194,7 @@ def prove_onnx(
     made: Export,
     *,
     metadata: Metadata,
+    folded: Network | None = None,
     progress: Progress = silent,
 ) -> Proof:
     """Prove that an ONNX file, run by ONNX Runtime, computes what the oracle does.
@@ -193,6 +204,7 @@ def prove_onnx(
         path: the file.
         made: what the file is.
         metadata: of the file.
+        folded: the network that was exported; the file must hold exactly its tensors, rounded once.
         progress: told after each comparison.
 
     Raises:
@@ -222,7 +234,7 @@ def prove_onnx(
                     precision=made.precision,
                     probe=special,
                     limit=False,
-                    largest=made.batch.max,
+                    sizes=(made.batch.max,),
                 )
             )
         _demand_signal(agreements[-1], demanded=True)
@@ -230,11 +242,11 @@ def prove_onnx(
             edge="export",
             agreements=tuple(agreements),
             modules={},
-            structure=(),
+            structure=_not_held(path, folded, made.precision) if folded else (),
             bisection=None,
             doubt=agreements[0].doubt,
         )
-        if proof.state == "rejected":
+        if any(not agreement.passed for agreement in agreements):
             base, where = (oracle, path) if not agreements[0].passed else (poisoned, twin_path)
             images = torch.from_numpy(verify.normal((SMALL, SMALL) if where == twin_path else made.size).images)
             eager = bisection.blocks_of(eager_of(base.model, on_cpu(made.precision)))
@@ -259,13 +271,36 @@ def prove_weights(oracle: Oracle, stored: Network, precision: Precision, *, size
     return Proof(edge="export", agreements=(agreement,), modules={}, structure=structure, bisection=None)
 
 
-def prove_file(oracle: Oracle, path: Path, *, doubt: str = "", progress: Progress = silent) -> Proof:
-    """Judge an ONNX file by a network that is not necessarily the one it was made from."""
+def prove_file(
+    oracle: Oracle,
+    path: Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    doubt: str = "",
+    progress: Progress = silent,
+) -> Proof:
+    """Judge an ONNX file by a network that is not necessarily the one it was made from.
+
+    Args:
+        oracle: the network, float64.
+        path: the file.
+        preprocessing: of the network: a file that was made for another is rejected; None when it is not known.
+        doubt: about the network.
+        progress: told before and after.
+    """
     metadata = graph.header(path)
     precision = metadata.precision if metadata else None
     with open_onnx(path, precision) as backend:
         progress("verify", 0, 1)
-        found = prove_backend("verify", oracle, backend, metadata, precision=precision, doubt=doubt)
+        found = prove_backend(
+            "verify", oracle, backend, metadata, precision=precision, preprocessing=preprocessing, doubt=doubt
+        )
+    if found.state == "rejected" and not found.structure and precision:
+        images = torch.from_numpy(verify.normal(_size_of(backend, metadata)).images[:1]).double()
+        eager = bisection.blocks_of(eager_of(oracle.model, on_cpu(precision)))
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ValueError, KeyError, ReplkError):
+            candidate = _onnx_blocks(path, oracle.model, Path(folder), precision)  # only a graph of ours has our names
+            found = dataclasses.replace(found, bisection=bisection.bisect(oracle.model, candidate, images, eager=eager))
     progress("verify", 1, 1)
     return found
 
@@ -277,12 +312,32 @@ def prove_backend(
     metadata: Metadata | None,
     *,
     precision: Precision | None = None,
+    preprocessing: Preprocessing | None = None,
     doubt: str = "",
 ) -> Proof:
     """Judge an open backend by the float64 network, at the size that its artefact states."""
-    agreement = judge_backend("checkpoint", oracle, backend, metadata, precision=precision)
-    agreement = dataclasses.replace(agreement, doubt=agreement.doubt or doubt)
-    return Proof(edge=edge, agreements=(agreement,), modules={}, structure=(), bisection=None, doubt=agreement.doubt)
+    agreement = judge_backend("checkpoint", oracle, backend, metadata, precision=precision, preprocessing=preprocessing)
+    doubt = agreement.doubt or doubt or _blind(agreement)
+    said = metadata.preprocessing if metadata else None
+    structure: tuple[str, ...] = ()
+    if said and preprocessing and (said.mean, said.std) != (preprocessing.mean, preprocessing.std):
+        own, other = (f"mean {rules.mean} and std {rules.std}" for rules in (said, preprocessing))
+        structure = (f"it is for pictures of {own}, the reference for {other}",)
+    return Proof(
+        edge=edge,
+        agreements=(dataclasses.replace(agreement, doubt=doubt),),
+        modules={},
+        structure=structure,
+        bisection=None,
+        doubt=doubt,
+    )
+
+
+def _blind(agreement: Agreement) -> str:
+    """Say that the answers hardly depend on the images, so that nearly any network would pass; empty otherwise."""
+    if agreement.signal >= SIGNAL:
+        return ""
+    return f"the reference answers two images {agreement.signal:.1e} apart only: the comparison is nearly blind"
 
 
 def prove_pair(
@@ -304,6 +359,7 @@ def prove_pair(
             )
         )
     progress("verify", len(probes), len(probes))
+    doubt = doubt or _blind(agreements[-1])
     found = Proof(edge="verify", agreements=tuple(agreements), modules={}, structure=(), bisection=None, doubt=doubt)
     if found.state == "rejected" and oracle.model.geometry == other.model.geometry:
         images = torch.from_numpy(verify.special((SMALL, SMALL)).images[:2]).double()
@@ -358,7 +414,8 @@ def judge_backend(
     precision: Precision | None = None,
     probe: Probe | None = None,
     limit: bool = True,
-    largest: int = 0,
+    sizes: Sequence[int] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Agreement:
     """Judge an open backend by the float64 network.
 
@@ -370,13 +427,21 @@ def judge_backend(
         precision: of the artefact, where the open file is its stand-in.
         probe: the images; by default two at the artefact's own size.
         limit: whether to refuse a network that does not survive the precision.
-        largest: batch in which the images are judged once more.
+        sizes: batches in which the images are judged once more; by default those that the artefact is for.
+        preprocessing: what pixels go through on the reference's side; by default what `metadata` says.
     """
     twin = precision == "bf16" != backend.precision
     precision = precision or backend.precision
     if backend.device == "cpu":
         precision = on_cpu(precision)
-    inside = metadata.preprocessing if metadata and backend.input.dtype == "uint8" else None
+    inside = None
+    if backend.input.dtype == "uint8":
+        inside = preprocessing or (metadata.preprocessing if metadata else None)
+        if inside is None:
+            raise ReplkError(
+                f"{name} takes uint8 images and does not say how it normalises them",
+                "export it with: replk export --onnx --embed-preprocess",
+            )
     probe = probe or probe_for(backend, metadata)
     expected = oracle.answers(probe, inside)
     network = eager_of(oracle.model, precision)
@@ -388,9 +453,19 @@ def judge_backend(
         bound=bound,
         name=name,
         precision=precision,
-        largest=largest,
+        sizes=_sizes(backend, metadata) if sizes is None else sizes,
         doubt=NO_BF16 if twin else "",
     )
+
+
+def _sizes(backend: Backend, metadata: Metadata | None) -> tuple[int, ...]:
+    """Return the batches that an artefact is for: a fixed one, those of its profiles, or the one to tune for."""
+    fixed = backend.input.shape[0]
+    if fixed is not None:
+        return (fixed,)
+    if backend.batches:
+        return tuple(sorted({size for batch in backend.batches for size in (batch.opt, batch.max)}))
+    return (Batch.parse(metadata.batch).opt,) if metadata and metadata.batch else ()
 
 
 @contextmanager
@@ -408,11 +483,15 @@ def open_onnx(path: Path, precision: Precision | None) -> Iterator[Backend]:
 def probe_for(backend: Backend, metadata: Metadata | None, *, count: int = 2, seed: int = 0) -> Probe:
     """Make random images of the kind and size that an open backend takes."""
     raw = backend.input.dtype == "uint8"
-    stated = backend.input.shape[1:3] if raw else backend.input.shape[2:4]
+    make = verify.pictures if raw else verify.normal
+    return make(_size_of(backend, metadata), count=count, seed=seed)
+
+
+def _size_of(backend: Backend, metadata: Metadata | None) -> tuple[int, int]:
+    stated = backend.input.shape[1:3] if backend.input.dtype == "uint8" else backend.input.shape[2:4]
     default = metadata.preprocessing.size if metadata else (224, 224)
     height, width = (s or d for s, d in zip(stated, default, strict=True))
-    make = verify.pictures if raw else verify.normal
-    return make((height, width), count=count, seed=seed)
+    return height, width
 
 
 def _alone(block: Reparam) -> float:
@@ -439,6 +518,16 @@ def _misrounded(exact: Network, stored: Network) -> tuple[str, ...]:
         if not ((rounded.double() - value).abs() <= step).all():
             wrong.append(name)
     return (f"{len(wrong)} tensors are not the fused ones, rounded: {', '.join(wrong[:3])}",) if wrong else ()
+
+
+def _not_held(path: Path, folded: Network, precision: Precision) -> tuple[str, ...]:
+    """Name the tensors of a network that an ONNX file does not hold to the bit; a low precision hides lesser errors."""
+    held, lost = graph.tensors(path), []
+    for name, tensor in cast(folded, precision).state_dict().items():
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if (tuple(tensor.shape), hashlib.sha256(data).digest()) not in held:
+            lost.append(name)
+    return (f"{len(lost)} tensors are not the fused ones, rounded: {', '.join(lost[:3])}",) if lost else ()
 
 
 def _structure(trained: Network, stored: Network, level: Level) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ WORDS = {"pass": "PASS", "provisional": "PASS (provisional)", "unverified": "UNV
     "regression": "FAIL",
     "error": "ERROR",
 }
+WORDY = "found or missing"  # the one column of sentences
 COLOURS = {
     "pass": "green",
     "provisional": "yellow",
@@ -131,7 +132,8 @@ def inspection(seen: Any) -> None:
 
 def proof(found: Any) -> None:
     """Print how far each state is from float64."""
-    table = _table("state", "rel. L2", "limit", "share", "verdict", title="against float64")
+    against = ", ".join(dict.fromkeys(row.against for row in found.agreements)) or "nothing"
+    table = _table("state", "rel. L2", "limit", "share", "verdict", title=f"against {against}")
     for row in found.agreements:
         limit = max(row.bound.rel_l2.values())
         colour = COLOURS[row.state]
@@ -155,17 +157,30 @@ def latency(found: Any) -> None:
     """Print one row a network, backend and batch, medians with their intervals."""
     rows, timed = found.bench.rows, found.bench
     gpu, flow = any(r.gpu_p50_ms for r in rows), any(r.throughput for r in rows)
-    heads = ["row", "p50 ms", "p90 ms", "p99 ms", *(["GPU p50 ms"] if gpu else []), *(["images/s"] if flow else [])]
+    precisions = {r.contract.precision for r in rows}
+    heads = [
+        "row",
+        *(["type"] if len(precisions) > 1 else []),
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        *(["GPU p50 ms"] if gpu else []),
+        *(["images/s"] if flow else []),
+    ]
     table = _table(*heads, "ratio", title="latency")
     for row in rows:
         alone = "baseline" if row.backend == timed.baseline and row.model == (timed.baseline_model or "") else "–"
-        cells = [row.name, *(_quantile(q) if q else "n/a" for q in (row.p50_ms, row.p90_ms, row.p99_ms))]
+        cells = [row.name, *([row.contract.precision] if len(precisions) > 1 else [])]
+        cells += [*(_quantile(q) if q else "n/a" for q in (row.p50_ms, row.p90_ms, row.p99_ms))]
         cells += [_quantile(row.gpu_p50_ms) if row.gpu_p50_ms else "–"] if gpu else []
         cells += [f"{row.throughput.images_per_s:.0f}" if row.throughput else "–"] if flow else []
-        table.add_row(*cells, _quantile(row.ratio.median, 2) if row.ratio else alone)
+        table.add_row(*cells, _ratio(row.ratio.median) if row.ratio else alone)
     out.print(table)
-    first, base = rows[0].contract, timed.baseline_model or timed.baseline
-    out.print(f"{first.precision}, host clock, input in place, 95% intervals; ratio is time over {escape(base)}'s")
+    base = timed.baseline_model or timed.baseline
+    types = ", ".join(sorted(precisions))
+    out.print(
+        f"{types}, host clock, input in place, 95% intervals; ratio is time over {escape(base)}'s, paired by round"
+    )
     for row in rows:
         for why in (*row.notes, *row.unstable):
             out.print(f"[yellow]note[/] {escape(row.name)}: {escape(why)}", soft_wrap=True)
@@ -213,6 +228,49 @@ def engine(made: Any) -> None:
         out.print(f"[yellow]note[/] not run here: {escape(made.absent)}", soft_wrap=True)
 
 
+def profile(found: Any, *, most: int = 30) -> None:
+    """Print the sentence, then the layers that take most, large kernels marked."""
+    out.print(escape(found.sentence), soft_wrap=True)
+    table = _table("layer", "ms", "share", "GMAC", "in map", "x best", title=f"layers of {found.backend}")
+    shown = sorted(found.layers, key=lambda layer: -layer.ms.value)[:most]
+    for layer in sorted(shown, key=found.layers.index):
+        work = f"{layer.macs / 1e9:.3f}" if layer.sites else "–"
+        inside = f"{layer.inside_macs / layer.macs:.0%}" if layer.macs else "–"
+        name = f"[bold]{escape(layer.name)}[/]" if layer.large else escape(layer.name)
+        ratio = f"{layer.ratio:.1f}" if layer.ratio else "–"
+        table.add_row(name, _quantile(layer.ms, 3), f"{layer.share:.1%}", work, inside, ratio)
+    left = [layer for layer in found.layers if layer not in shown]
+    if left:
+        rest = sum(layer.ms.value for layer in left)
+        table.add_row(f"{len(left)} more", f"{rest:.3f}", f"{rest / found.whole_ms.value:.1%}", "", "", "")
+    rest = found.unattributed_ms
+    table.add_row("in no layer", f"{rest:.3f}", f"{rest / found.whole_ms.value:.1%}", "", "", "")
+    table.add_row("[bold]whole, unwatched[/]", _quantile(found.whole_ms, 3), "100.0%", "", "", "")
+    out.print(table)
+    limits = found.roofline
+    out.print(
+        f"x best is time over what {limits.copy_gbps:.0f} GB/s and {limits.matrix_gflops:.0f} GFLOP/s"
+        f" ({limits.computes}), measured just now, allow; bold layers hold large kernels"
+    )
+    for doubt in found.doubts:
+        out.print(f"[yellow]note[/] {escape(doubt)}", soft_wrap=True)
+
+
+def doctor(found: Any) -> None:
+    """Print each backend with its versions or what it lacks, then what is known to go wrong."""
+    here = found.environment
+    pairs({name: str(here[name]) for name in ("cpu", "gpu", "gpu_driver", "os", "python") if here.get(name)})
+    colours = {"ready": "green", "missing": "yellow", "broken": "red"}
+    table = _table("backend", "state", WORDY, title="backends")
+    for runtime in found.backends:
+        facts = ", ".join(f"{name} {value}" for name, value in runtime.facts.items())
+        words = escape(facts) if facts else f"{escape(runtime.why)}\n[dim]{escape(runtime.fix)}[/]"
+        table.add_row(runtime.name, f"[{colours[runtime.state]}]{runtime.state}[/]", words)
+    out.print(table)
+    for trouble in found.troubles:
+        out.print(f"[red]known trouble[/] {escape(trouble.problem)}\n  {escape(trouble.fix)}", soft_wrap=True)
+
+
 def accuracy(steps: Sequence[Any]) -> None:
     """Print how often each step is right."""
     table = _table("step", "top-1", "right", "same as trained", title="accuracy")
@@ -258,8 +316,10 @@ def pairs(facts: dict[str, str]) -> None:
 
 
 def _table(*heads: str, title: str) -> Table:
-    """Begin a table in which a narrow terminal breaks words instead of cutting them off."""
-    return Table(*(Column(head, overflow="fold") for head in heads), title=title, title_justify="left")
+    """Begin a table in which a narrow terminal breaks the names, never a number."""
+    first, *others = heads
+    columns = (Column(first, overflow="fold"), *(Column(head, no_wrap=head != WORDY) for head in others))
+    return Table(*columns, title=title, title_justify="left")
 
 
 def _quantile(value: Any, digits: int = 2) -> str:
@@ -267,6 +327,13 @@ def _quantile(value: Any, digits: int = 2) -> str:
         return f"{value.value:.{digits}f}"
     low, high = value.interval
     return f"{value.value:.{digits}f}\n[dim]{low:.{digits}f}-{high:.{digits}f}[/]"
+
+
+def _ratio(value: Any) -> str:
+    if value.interval is None:
+        return f"{value.value:.3g}"
+    low, high = value.interval
+    return f"{value.value:.3g}\n[dim]{low:.3g}-{high:.3g}[/]"
 
 
 def _triple(values: Sequence[float]) -> str:

@@ -147,10 +147,22 @@ def open_fused(path: Path, *, prove: bool) -> tuple[Network, Metadata]:
     return model, metadata
 
 
+def fused_of(run: Workspace) -> Path:
+    """Return the fused weights of a run.
+
+    Raises:
+        ReplkError: it has none.
+        IntegrityError: they are missing or altered.
+    """
+    if run.entry(FUSED) is None:
+        raise ReplkError(f"the run {run.name} has no {FUSED}", "fuse to the end: replk fuse CHECKPOINT --level full")
+    return run.take(FUSED)
+
+
 def oracle_of(run: Workspace | None, single: Path | None) -> Oracle | None:
     """Return the float64 network that a run or file stands for, where one is at hand."""
     if run is not None:
-        model, metadata = weights.read(run.take(FUSED))
+        model, metadata = weights.read(fused_of(run))
     elif single is not None and single.suffix == ".safetensors":
         model, metadata = weights.read(single)
     else:

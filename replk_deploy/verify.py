@@ -256,7 +256,7 @@ def verify(
     name: str,
     precision: str,
     repeat: bool = True,
-    largest: int = 0,
+    sizes: Sequence[int] = (),
     doubt: str = "",
 ) -> Agreement:
     """Compare a candidate's answers with the expected ones.
@@ -269,7 +269,7 @@ def verify(
         name: what the candidate is called in results.
         precision: in words.
         repeat: whether to run the candidate again, and with its rows moved by one, to see its noise.
-        largest: batch in which the images are judged once more, repeated to fill it; 0 for none.
+        sizes: batches in which the images are judged once more, among others.
         doubt: makes a passing verdict provisional.
 
     Raises:
@@ -289,8 +289,9 @@ def verify(
             row, close = _judge(image, output, ref[index], got[output][index], limit)
             rows.append(row)
             undecidable.append(close)
-    if largest > len(probe.names):
-        rows += _largest(expected, candidate, probe, bound, largest)
+    for size in sizes:
+        if size > len(probe.names):
+            rows += _in_batch(expected, candidate, probe, bound, size)
     passed = all(r.share <= 1 for r in rows)
     return Agreement(
         name=name,
@@ -336,18 +337,33 @@ def _judge(image: str, output: str, ref: Array, got: Array, limit: float) -> tup
     )
 
 
-def _largest(expected: Mapping[str, Array], candidate: Answer, probe: Probe, bound: Bound, largest: int) -> list[Row]:
-    """Judge the images in one batch of the largest size; the worst row of each output."""
-    turns = np.arange(largest) % len(probe.names)
-    got = {key: np.array(out, np.float64) for key, out in candidate(probe.images[turns]).items()}
+def filled(images: Array, size: int) -> Array:
+    """Return `size` unlike images that begin with those given; the others are these, turned along one side."""
+    turns, rows = np.divmod(np.arange(size), len(images))
+    return np.stack([np.roll(images[row], 5 * turn, axis=1) for turn, row in zip(turns, rows, strict=True)])
+
+
+def _in_batch(expected: Mapping[str, Array], candidate: Answer, probe: Probe, bound: Bound, size: int) -> list[Row]:
+    """Judge the images among others in one batch, and every place of the batch by its neighbour; the worst rows.
+
+    The images of the probe are judged by what is expected. The batch is then moved on by one place: an
+    image must be answered alike in both, so that all places answer as the judged ones do.
+    """
+    images = filled(probe.images, size)
+    first = {key: np.array(out, np.float64) for key, out in candidate(images).items()}
+    moved = {key: np.array(out, np.float64) for key, out in candidate(np.roll(images, 1, axis=0)).items()}
     found = []
     for output, ref in expected.items():
-        names = [f"{probe.names[turn]} in a batch of {largest}" for turn in turns]
-        judged = (
-            _judge(name, output, ref[turn], row, bound.rel_l2[output])[0]
-            for name, turn, row in zip(names, turns, got[output], strict=True)
-        )
-        found.append(max(judged, key=lambda row: row.share))
+        limit, again = bound.rel_l2[output], np.roll(moved[output], -1, axis=0)
+        rows = [
+            _judge(f"{image} in a batch of {size}", output, ref[i], first[output][i], limit)[0]
+            for i, image in enumerate(probe.names)
+        ]
+        rows += [
+            _judge(f"place {i} of a batch of {size}, by its neighbour", output, first[output][i], again[i], limit)[0]
+            for i in range(size)
+        ]
+        found.append(max(rows, key=lambda row: row.share))
     return found
 
 

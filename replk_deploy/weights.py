@@ -36,7 +36,10 @@ def judged_hash(model: Network, metadata: Metadata) -> str:
 def write(path: Path, model: Network, metadata: Metadata) -> None:
     """Write a network's weights as they are, with the metadata in the header."""
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, path, metadata=metadata.to_strings())
+    try:
+        save_file(tensors, path, metadata=metadata.to_strings())
+    except SafetensorError as exc:  # a full disk, above all
+        raise OSError(str(exc)) from exc
 
 
 def header(path: Path) -> Metadata | None:

@@ -81,6 +81,9 @@ class Workspace:
         pointer = root / "latest"
         name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
         if not name or not (root / name / "manifest.json").is_file():
+            runs = sorted(found.parent.as_posix() for found in root.glob("*/manifest.json"))
+            if runs:
+                raise ReplkError(f"{pointer} names no run", f"name one of: {', '.join(runs)}")
             raise ReplkError(f"there is no run in {root.absolute()}", "begin with: replk fuse CHECKPOINT")
         return cls(root / name)
 
@@ -125,9 +128,13 @@ class Workspace:
             IntegrityError: missing, unknown or altered.
         """
         entry, path = self._artefacts.get(name), self.path(name)
-        again = f"make it again: rm {path} and repeat replk {entry.by if entry else 'fuse CHECKPOINT'}"
-        if entry is None or not path.is_file():
-            raise IntegrityError(f"{path} is missing", again)
+        if entry is None:
+            raise ReplkError(
+                f"the run {self.name} has no {name}", f"it holds {', '.join(self._artefacts) or 'nothing'}"
+            )
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing", f"make it again: replk {entry.by}")
+        again = f"make it again: rm {path} and repeat replk {entry.by}"
         if files.sha256(path) != entry.sha256:
             raise IntegrityError(f"{path} is not the file that its manifest describes: its hash differs", again)
         return path

@@ -1,12 +1,14 @@
 """Files of one small network for every runtime, and files that are no network of images."""
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import filelock
 import numpy as np
 import onnx
+import pytest
 import torch
 from onnx import TensorProto, helper
 
@@ -85,16 +87,17 @@ def usual_error(precision: Precision) -> float:
 
 
 class Files:
-    """Writes each file when it is first asked for; test processes that share a folder write it once."""
+    """Writes each file when it is first asked for; the test processes of one session write it once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(exist_ok=True)
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        base = factory.getbasetemp()
+        self._folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artefacts"
+        self._folder.mkdir(exist_ok=True)
 
     def file(self, kind: str, precision: Precision) -> Path:
         """Return a file of "weights" or "onnx", or the engine of a backend of that name."""
-        suffix = {"weights": ".safetensors", "onnx": ".onnx"}.get(kind) or _engine(kind).suffix
-        path = self._folder / f"model.{precision}.{kind}{suffix}"
+        suffix = {"weights": ".safetensors", "onnx": ".onnx"}.get(kind) or f".{kind}{_engine(kind).suffix}"
+        path = self._folder / f"model.{precision}{suffix}"
         with filelock.FileLock(f"{path}.lock"):
             done = path.with_name(f"{path.name}.done")
             if not done.exists():

@@ -67,6 +67,8 @@ ONLY = {  # package → the modules that may import it
     "typer": {"cli", "options"},
     "rich": {"render"},
     "onnxruntime": {"backends/ort"},
+    "openvino": {"backends/openvino"},
+    "triton": {"backends/compiler"},
     "tensorrt": {"backends/trt"},
     "tensorrt_rtx": {"backends/trt"},
     "timm": {"models/baselines"},

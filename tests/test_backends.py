@@ -1,24 +1,18 @@
 """One contract for every runtime, and the wrong question as often as the right one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 
-from replk_deploy import backends, bench, optional, weights
-from replk_deploy.backends.base import Array, Backend, Engine
+from replk_deploy import backends, bench
+from replk_deploy.backends.base import Array, Backend, Engine, Settings
 from replk_deploy.errors import ContractError, Exit, ReplkError, UnavailableError
-from replk_deploy.fuse import fuse
-from replk_deploy.metadata import Metadata
-from replk_deploy.models.base import Network
-from replk_deploy.models.replknet import RepLKGeometry, RepLKNet
-from replk_deploy.poison import poison, randomise
 from replk_deploy.precision import TOLERANCES, Precision
-from replk_deploy.preprocess import HALF, Preprocessing
+from tests import artefacts
+from tests.artefacts import SIZE, Files, images
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inside inductor
@@ -26,124 +20,90 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # inside torch.export, torch 2.13
 ]
 
-SIZE = 64
-GEOMETRY = RepLKGeometry(
-    channels=(8, 16, 24, 32),
-    depths=(1, 1, 1, 1),
-    kernels=(31, 29, 27, 13),
-    small=5,
-    dw_channels=(8, 16, 24, 32),
-    ffn_channels=(32, 64, 96, 128),
-    classes=10,
-)
-CASES: list[tuple[str, Precision]] = [
+CASES: list[tuple[str, Precision]] = [  # each is executed wherever these tests run
     ("torch", "fp32"),
+    ("torch", "tf32"),
     ("torch", "fp16"),
     ("torch", "bf16"),
     ("torch-compile", "fp32"),
     ("ort-cpu", "fp32"),
+    ("ort-cpu", "tf32"),
     ("ort-cpu", "fp16"),
+    ("openvino", "fp32"),
+    ("openvino", "fp16"),
+    ("aoti", "fp32"),
 ]
-Files = Callable[[str, Precision], Path]
+ON_A_GPU: list[tuple[str, Precision]] = [
+    ("ort-cuda", "fp32"),
+    ("ort-cuda", "fp16"),
+    ("ort-trt", "fp16"),
+    ("trt", "fp32"),
+    ("trt", "fp16"),
+    ("trt-rtx", "fp16"),
+]
+
+
+def refusal(name: str) -> UnavailableError | None:
+    """Return why a backend cannot run here; None when it can."""
+    try:
+        backends.find(name).probe()
+    except UnavailableError as exc:
+        return exc
+    return None
+
+
+ABSENT = {name: why for name in dict(ON_A_GPU) if (why := refusal(name))}
+HERE = [*CASES, *(case for case in ON_A_GPU if case[0] not in ABSENT)]
 
 
 @pytest.fixture(scope="module")
-def network() -> Network:
-    """A folded float64 network whose norms have lived."""
-    return fuse(poison(randomise(RepLKNet.build(GEOMETRY, "training")), size=SIZE)).model
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory)
 
 
-def images(n: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal((n, 3, SIZE, SIZE), dtype=np.float32)
-
-
-def describe(network: Network, precision: Precision) -> Metadata:
-    preprocessing = Preprocessing(
-        size=(SIZE, SIZE), mean=HALF[0], std=HALF[1], resize="crop", crop_pct=0.875, said_by="default"
-    )
-    return Metadata(
-        family="replknet",
-        form="folded",
-        geometry=network.describe(),
-        label=network.geometry.label,
-        precision=precision,
-        preprocessing=preprocessing,
-        source_sha256="0" * 64,
-        source_name="a test",
-    )
-
-
-@pytest.fixture(scope="module")
-def files(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Write each file once, when it is first asked for."""
-    folder, made = tmp_path_factory.mktemp("files"), {}
-
-    def file(kind: str, precision: Precision) -> Path:
-        if (kind, precision) not in made:
-            path = folder / f"model.{precision}.{kind}"
-            twin = RepLKNet.build(GEOMETRY, "folded")
-            twin.load_state_dict(network.state_dict())
-            twin = twin.to(TOLERANCES[precision].torch_dtype).requires_grad_(requires_grad=False)
-            if kind == "weights":
-                weights.write(path, twin, describe(twin, precision))
-            else:
-                export(twin, path, precision)
-            made[kind, precision] = path
-        return made[kind, precision]
-
-    return file
-
-
-def export(model: Network, path: Path, precision: Precision) -> None:
-    row = TOLERANCES[precision]
-    program = torch.onnx.export(
-        model,
-        (torch.from_numpy(images(2)).to(row.torch_dtype),),
-        dynamo=True,
-        opset_version=row.opset,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},),
-        verbose=False,
-    )
-    program.save(path)
-    proto = onnx.load(path)
-    helper.set_model_props(proto, describe(model, precision).to_strings())
-    onnx.save(proto, path)
-
-
-def opened(name: str, precision: Precision, files: Files) -> Backend:
-    return backends.find(name)(files(backends.takes(name), precision))
-
-
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=HERE, ids="-".join)
 def backend(request: pytest.FixtureRequest, files: Files) -> Backend:
-    with opened(*request.param, files) as found:
+    with files.opened(*request.param) as found:
         yield found
 
 
-def test_every_usable_backend_is_held_to_the_contract() -> None:
-    assert all(backends.find(name).name == name for name in backends.BACKENDS)
-    engines = {name for name in backends.BACKENDS if issubclass(backends.find(name), Engine)}  # tested one by one
-    assert {name for name, _ in CASES} == set(backends.BACKENDS) - engines
-    for name in set(backends.BACKENDS) - engines:
-        assert {p for n, p in CASES if n == name} <= backends.find(name).precisions
+def test_every_backend_is_held_to_the_contract_or_says_what_it_lacks() -> None:
+    assert {name for name, _ in CASES} | {name for name, _ in ON_A_GPU} == set(backends.BACKENDS)
+    for name in backends.BACKENDS:
+        kind = backends.find(name)
+        assert kind.name == name
+        assert {p for n, p in (*CASES, *ON_A_GPU) if n == name} <= kind.precisions
+        assert not issubclass(kind, Engine) or kind.suffix.startswith(".")
+    for name in dict(HERE):
         assert all(isinstance(value, str) for value in backends.find(name).probe().values())
 
 
-@pytest.fixture(scope="module")
-def truth(network: Network) -> Array:
-    return network(torch.from_numpy(images(3)).double())[0].numpy()
+@pytest.mark.parametrize("name", dict(ON_A_GPU))
+def test_what_cannot_run_here_says_what_to_install_or_to_buy(name: str, files: Files) -> None:
+    if name in ABSENT:
+        assert ABSENT[name].code == Exit.UNAVAILABLE
+        assert any(words in ABSENT[name].remedy for words in ("pip install", "nvidia-smi", "NVIDIA")), ABSENT[name]
+    else:
+        assert name in {n for n, _ in HERE}, "what can run is tested"
+    if name.startswith("ort") and name in ABSENT:
+        with pytest.raises(UnavailableError):
+            files.opened(name, "fp16")
 
 
-def test_the_answer_is_that_of_the_float64_network(backend: Backend, truth: Array) -> None:
+def test_the_answer_is_that_of_the_float64_network(backend: Backend) -> None:
     answer = backend.run(images(3))  # one shape throughout: torch-compile compiles for each
+    truth = artefacts.truth(3)
     assert tuple(answer) == backend.outputs == ("logits",)
     assert (answer["logits"].dtype, answer["logits"].shape) == (np.float32, truth.shape)
-    error = np.linalg.norm(answer["logits"] - truth, axis=1) / np.linalg.norm(truth, axis=1)
-    row = TOLERANCES[backend.precision]
-    assert error.max() < min(10 * row.typical, row.limit)
-    assert np.linalg.norm(truth[0] - truth[1]) > 2 * row.limit * np.linalg.norm(truth[0])  # swapped rows would show
+    assert artefacts.error(answer) < artefacts.usual_error(backend.precision)
+    limit = TOLERANCES[backend.precision].limit
+    assert np.linalg.norm(truth[0] - truth[1]) > 2 * limit * np.linalg.norm(truth[0])  # swapped rows would show
+
+
+def test_the_precision_is_that_of_the_file(files: Files) -> None:
+    for name, precision in HERE:
+        with files.opened(name, precision) as found:
+            assert found.precision == precision
 
 
 def test_the_first_answer_is_intact_after_a_second(backend: Backend) -> None:
@@ -198,15 +158,27 @@ def test_a_launch_can_be_repeated_and_timed(backend: Backend) -> None:
 
 def test_facts_say_how_it_ran(backend: Backend) -> None:
     assert all(isinstance(value, str) for value in backend.facts.values())
-    assert any("threads" in key for key in backend.facts)
-    if backend.takes == "weights":
+    assert backend.device == "cuda" or any("threads" in key for key in backend.facts)
+    if backend.name in {"torch", "torch-compile"}:
         assert backend.facts["layout"] in {"channels_first", "channels_last"}
         assert "batch 1, 64x64" in backend.facts["layout_probe"]
 
 
-@pytest.mark.parametrize("name", ["torch", "torch-compile", "ort-cpu"])
+def test_layers_are_timed_or_refused_with_another_way(backend: Backend) -> None:
+    if backend.name not in {"torch", "ort-cpu", "openvino", "trt", "trt-rtx"}:
+        with pytest.raises(UnavailableError, match="profile"):
+            backend.layer_times(images(3), repeats=2)
+        return
+    layers = backend.layer_times(images(3), repeats=2)
+    assert layers
+    assert all(layer.name and layer.kind and len(layer.samples_ms) == 2 for layer in layers)
+    with pytest.raises(ReplkError, match="takes float32 images"):
+        backend.layer_times(images(1).astype(np.float64), repeats=1)
+
+
+@pytest.mark.parametrize("name", ["torch", "torch-compile", "ort-cpu", "openvino", "aoti"])
 def test_a_closed_backend_does_not_answer(name: str, files: Files) -> None:
-    closed = opened(name, "fp32", files)
+    closed = files.opened(name, "fp32")
     closed.close()
     closed.close()
     for ask in (closed.run, closed.prepare):
@@ -214,97 +186,24 @@ def test_a_closed_backend_does_not_answer(name: str, files: Files) -> None:
             ask(images(1))
 
 
-@pytest.mark.parametrize("name", ["torch", "torch-compile", "ort-cpu"])
+@pytest.mark.parametrize("name", ["torch", "torch-compile", "ort-cpu", "openvino"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "garbage", "the other kind", "a folder"])
 def test_a_file_that_cannot_be_taken_is_refused_with_a_remedy(
     name: str, damage: str, files: Files, tmp_path: Path
 ) -> None:
     kind = backends.takes(name)
-    whole = files(kind, "fp32").read_bytes()
+    whole = files.file(kind, "fp32").read_bytes()
     path = tmp_path / "file"
     if damage == "a folder":
         path = tmp_path
     elif damage == "the other kind":
-        path = files("onnx" if kind == "weights" else "weights", "fp32")
+        path = files.file("onnx" if kind == "weights" else "weights", "fp32")
     elif damage != "missing":
         path.write_bytes({"empty": b"", "cut short": whole[: len(whole) // 2], "garbage": b"\x07nonsense" * 99}[damage])
     with pytest.raises(ReplkError) as caught:
         backends.find(name)(path)
     assert caught.value.code == Exit.USAGE
     assert caught.value.remedy
-
-
-def graph(inputs: Mapping[str, tuple[int, list[object]]], output: int = TensorProto.FLOAT) -> onnx.ModelProto:
-    """A file of somebody else: adds its inputs' casts up over H and W."""
-    ports = [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in inputs.items()]
-    first = ports[0].name
-    nodes = [
-        helper.make_node("Cast", [first], ["cast"], to=TensorProto.FLOAT),
-        helper.make_node("GlobalAveragePool", ["cast"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["flat"]),
-        helper.make_node("Cast", ["flat"], ["out"], to=output),
-    ]
-    out = helper.make_tensor_value_info("out", output, None)
-    opset = [helper.make_opsetid("", 20)]
-    return helper.make_model(helper.make_graph(nodes, "foreign", ports, [out]), opset_imports=opset, ir_version=10)
-
-
-def test_a_foreign_onnx_file_says_its_precision_by_its_type(tmp_path: Path) -> None:
-    path = tmp_path / "foreign.onnx"
-    for dtype, precision in ((TensorProto.FLOAT, "fp32"), (TensorProto.FLOAT16, "fp16")):
-        onnx.save(graph({"x": (dtype, ["n", 3, 8, "w"])}), path)
-        with backends.find("ort-cpu")(path) as found:
-            assert (found.precision, found.input.shape) == (precision, (None, 3, 8, None))
-            assert found.run(np.ones((2, 3, 8, 5), np.float32))["out"].tolist() == [[1, 1, 1]] * 2
-
-
-def test_pictures_of_bytes_are_taken_as_they_are(tmp_path: Path) -> None:
-    path = tmp_path / "bytes.onnx"
-    onnx.save(graph({"x": (TensorProto.UINT8, ["n", 8, 8, 3])}), path)
-    with backends.find("ort-cpu")(path) as found:
-        assert (found.input.dtype, found.precision) == ("uint8", "fp32")
-        assert found.run(np.full((2, 8, 8, 3), 9, np.uint8))["out"].max() == 9
-        assert bench.enter(found, [np.full((2, 8, 8, 3), 9, np.uint8)]).contract.layout == "nhwc"
-        with pytest.raises(ReplkError, match="takes uint8 images"):
-            found.run(np.ones((2, 8, 8, 3), np.float32))
-
-
-@pytest.mark.parametrize(
-    "proto",
-    [
-        graph({"x": (TensorProto.FLOAT, ["n", 3, 8, 8]), "y": (TensorProto.FLOAT, [1])}),
-        graph({"x": (TensorProto.FLOAT, ["n", 3, 8])}),
-        graph({"x": (TensorProto.INT64, ["n", 3, 8, 8])}),
-        graph({"x": (TensorProto.FLOAT, ["n", 3, 8, 8])}, output=TensorProto.INT64),
-    ],
-    ids=["two inputs", "rank 3", "integers", "integers out"],
-)
-def test_a_graph_that_is_no_image_network_is_refused(proto: onnx.ModelProto, tmp_path: Path) -> None:
-    path = tmp_path / "odd.onnx"
-    onnx.save(proto, path)
-    with pytest.raises(ReplkError, match="does not map one batch of images"):
-        backends.find("ort-cpu")(path)
-
-
-def test_ort_says_that_it_has_no_bf16(files: Files) -> None:
-    with pytest.raises(UnavailableError, match=r"bf16.*--precision fp32 \(or fp16\)"):
-        opened("ort-cpu", "bf16", files)
-
-
-def test_ort_keeps_the_first_words_of_the_runtime(tmp_path: Path) -> None:
-    path = tmp_path / "damaged.onnx"
-    path.write_bytes(b"\x07nonsense" * 99)
-    with pytest.raises(ReplkError, match="Protobuf parsing failed"):
-        backends.find("ort-cpu")(path)
-
-
-def test_ort_that_is_missing_names_its_install_line(monkeypatch: pytest.MonkeyPatch, files: Files) -> None:
-    def missing(module: str) -> None:
-        raise ModuleNotFoundError(name=module)
-
-    monkeypatch.setattr(optional, "import_module", missing)
-    with pytest.raises(UnavailableError, match=r"pip install 'replk-deploy\[cpu\]'"):
-        opened("ort-cpu", "fp32", files)
 
 
 @pytest.fixture
@@ -316,16 +215,16 @@ def _forgetful() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_forgetful")
 def test_torch_compile_that_is_switched_off_is_no_silent_eager_run(files: Files) -> None:
-    with opened("torch-compile", "fp32", files) as found, torch._dynamo.config.patch(disable=True):
+    with files.opened("torch-compile", "fp32") as found, torch._dynamo.config.patch(disable=True):
         with pytest.raises(UnavailableError, match=r"eagerly|no compiled frames"):
             found.run(images(3))
         with pytest.raises(UnavailableError, match="switched off"):
-            opened("torch-compile", "fp32", files)
+            files.opened("torch-compile", "fp32")
 
 
 def test_a_planted_eager_fallback_is_noticed(monkeypatch: pytest.MonkeyPatch, files: Files) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    with opened("torch-compile", "fp32", files) as found, pytest.raises(UnavailableError, match="eagerly"):
+    with files.opened("torch-compile", "fp32") as found, pytest.raises(UnavailableError, match="eagerly"):
         found.prepare(images(1))
 
 
@@ -341,7 +240,7 @@ def test_a_compiler_that_fails_is_said_though_errors_are_suppressed(
     monkeypatch.setattr(torch_compile, "compile_fx", broken)
     with (
         torch._dynamo.config.patch(suppress_errors=True),
-        opened("torch-compile", "fp32", files) as found,
+        files.opened("torch-compile", "fp32") as found,
         pytest.raises(UnavailableError, match="planted"),
     ):
         found.run(images(1))
@@ -383,31 +282,104 @@ def test_the_faster_layout_is_kept_and_a_hopeless_one_given_up() -> None:
     assert model.now < 300  # not ten hundred seconds, thrice
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("name", ["torch", "torch-compile"])
+def test_a_layout_that_is_asked_for_is_not_measured(name: str, layout: str, files: Files) -> None:
+    with files.opened(name, "fp32", Settings(layout=layout)) as found:
+        assert found.facts["layout"] == {"nchw": "channels_first", "nhwc": "channels_last"}[layout]
+        assert found.facts["layout_probe"] == "asked for"
+        batch = found._copy_in(images(2))
+        assert batch.is_contiguous(memory_format=torch.channels_last) == (layout == "nhwc")
+        if name == "torch-compile":
+            assert found.facts["layout_optimization"] == {"nchw": "off", "nhwc": "forced"}[layout]
+
+
+def test_the_layers_of_eager_pytorch_are_its_modules(files: Files) -> None:
+    with files.opened("torch", "fp32") as found:
+        layers = found.layer_times(images(2), repeats=3)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in found._model.modules()), "nothing stays"
+        answer = found.run(images(3))
+    modules = dict(artefacts.network().named_modules())
+    kinds = {layer.name: layer.kind for layer in layers}
+    assert len(kinds) == len(layers)
+    assert all(type(modules[name]).__name__ == kind for name, kind in kinds.items())
+    assert {n for n, m in modules.items() if isinstance(m, torch.nn.Conv2d)} <= kinds.keys()
+    assert "Identity" not in kinds.values()
+    assert layers[0].name == "stem.0.conv"
+    assert layers[-1].name == "head"
+    assert all(len(layer.samples_ms) == 3 and min(layer.samples_ms) > 0 for layer in layers)
+    assert artefacts.error(answer) < artefacts.usual_error("fp32")
+
+
+def test_a_module_that_runs_twice_counts_once_with_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    from replk_deploy.backends import leaves
+
+    class Clock:
+        now = 0
+
+        def perf_counter_ns(self) -> int:
+            return self.now
+
+    class Slow(torch.nn.Module):
+        def __init__(self, ms: int) -> None:
+            super().__init__()
+            self.ms = ms
+
+        def forward(self, x: int) -> int:
+            clock.now += self.ms * 10**6 * x
+            return x
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused, self.inner, self.last = Slow(9), torch.nn.Sequential(Slow(1), Slow(2)), Slow(4)
+
+        def forward(self, x: int) -> int:
+            clock.now += 10**9  # what is no module
+            return self.last(self.inner(self.inner(x)))
+
+    clock = Clock()
+    monkeypatch.setattr(leaves, "time", clock)
+    model, runs = Twice(), iter((100, 1, 3))
+    layers = leaves.leaf_times(model, lambda: model(next(runs)), device="cpu", repeats=2, detail="d")
+    assert [(layer.name, layer.samples_ms) for layer in layers] == [
+        ("inner.0", (2.0, 6.0)),
+        ("inner.1", (4.0, 12.0)),
+        ("last", (4.0, 12.0)),
+    ]
+
+
+def test_the_weights_held_are_told(files: Files) -> None:
+    bytes_held = sum(p.numel() for p in artefacts.network().parameters()) * 4
+    with files.opened("torch", "fp32") as found:
+        assert found.memory_mib == {"weights": bytes_held / 2**20}
+    assert found.memory_mib == {"weights": 0}
+
+
 @pytest.mark.parametrize("name", backends.PLANNED)
-def test_a_planned_backend_says_so_and_how_to_get_it(name: str) -> None:
+def test_a_planned_backend_says_so_and_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = backends.PLANNED[name]
-    with pytest.raises(UnavailableError) as caught:
-        backends.find(name)
-    assert caught.value.code == Exit.UNAVAILABLE
-    assert "no adapter" in caught.value.problem
-    extra = f"[{planned.extra}]" if planned.extra else ""
-    assert f"pip install --upgrade 'replk-deploy{extra}'" in caught.value.remedy
-    assert "torch, torch-compile, ort-cpu" in caught.value.remedy
-    assert backends.takes(name) == ("weights" if name in {"aoti", "native"} else "onnx")
-
-
-def test_a_planned_backend_tells_whether_its_package_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "version", lambda _: None)
-    for there, words in ((object(), "though openvino is installed"), (None, "and openvino is not installed")):
-        monkeypatch.setattr(backends, "find_spec", lambda _, there=there: there)
-        with pytest.raises(UnavailableError, match=words):
-            backends.find("openvino")
-    with pytest.raises(UnavailableError, match="onnxruntime-gpu is not installed"):
-        backends.find("ort-cuda")  # though the CPU build brings a module of that name
+    for there, words in (("1.0", "though"), (None, "and")):
+        monkeypatch.setattr(backends, "version", {planned.distribution: there}.get)
+        with pytest.raises(
+            UnavailableError, match=f"no adapter for {name} yet, {words} {planned.distribution}"
+        ) as caught:
+            backends.find(name)
+        assert f"pip install --upgrade 'replk-deploy[{planned.extra}]'" in caught.value.remedy
+        assert ", ".join(backends.BACKENDS) in caught.value.remedy
+    assert backends.takes(name) == planned.takes
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("tensorrt", "trt"), ("torchcompile", "torch-compile"), ("ortcpu", "ort-cpu")]
+    ("typed", "meant"),
+    [
+        ("tensorrt", "trt"),
+        ("torchcompile", "torch-compile"),
+        ("ortcpu", "ort-cpu"),
+        ("onnxruntime-gpu", "ort-cuda"),
+        ("open-vino", "openvino"),
+        ("aotinductor", "aoti"),
+    ],
 )
 def test_an_unknown_name_gets_the_nearest(typed: str, meant: str) -> None:
     for ask in (backends.find, backends.takes):

@@ -262,6 +262,11 @@ def test_the_wider_of_samples_and_blocks_is_given() -> None:
     assert width == max(over_samples[1] - over_samples[0], over_blocks[1] - over_blocks[0])
 
 
+def test_samples_that_scatter_within_blocks_alike_are_not_taken_for_sure() -> None:
+    samples, blocks = [9.0, 10.0, 11.0] * 12, [i // 3 for i in range(36)]  # every block has the median 10
+    assert measurement._median(samples, blocks).interval == quantile(samples, 0.5).interval != (10.0, 10.0)
+
+
 def test_a_warm_up_that_never_settles_ends_at_the_cap_and_is_said() -> None:
     (row,) = race({"a": lambda clock: 10.0 * (1 + clock.now / 1e9)}, max_seconds=3).rows
     assert not row.warmup.converged
@@ -624,6 +629,34 @@ def test_cycles_are_those_of_the_network_whatever_the_clock() -> None:
     assert slow.gpu_p50_ms.value == pytest.approx(1.2 * fast.gpu_p50_ms.value)
     assert slow.gpu_kcycles == pytest.approx(fast.gpu_kcycles) == pytest.approx(3600)
     assert (on_gpu(2.0).gpu_kcycles, on_gpu(2.0).pace) == (None, None)
+
+
+def test_a_row_on_the_cpu_is_not_judged_by_the_clocks_of_the_gpu() -> None:
+    clock = FakeClock()
+    watch = FakeWatch(held(1.5, 1e9, events=frozenset({"hardware slowdown"})))
+    cpu = entrant("torch", Sleeper(clock, lambda: 2.0, [], ""))
+    gpu = entrant("trt", Queued(clock, 2.0), device="cuda")
+    beside, row = bench.measure([cpu, gpu], clock=clock, sleep=clock.sleep, watch=watch).rows
+    assert row.pace.slowed
+    assert (beside.pace, beside.flags["slowed"]) == (None, ())
+
+
+def test_a_row_that_left_keeps_the_clocks_of_its_finished_rounds_only() -> None:
+    clock = FakeClock()
+    lost = Queued(clock, 20.0)
+    enqueue = lost.enqueue
+
+    def enqueue_until_lost() -> None:
+        if clock.now > 8e9:
+            raise UnavailableError("GPU lost", "restart it")
+        enqueue()
+
+    lost.enqueue = enqueue_until_lost
+    contestants = [entrant("trt", lost, device="cuda"), entrant("torch", Sleeper(clock, lambda: 10.0, [], ""))]
+    row, _ = bench.measure(contestants, clock=clock, watch=FakeWatch(held(0, 0))).rows
+    assert row.left == "GPU lost"
+    assert len(row.pace.windows_mhz) == max(row.windows) + 1
+    assert row.n == len(row.gpu_ms) == len(row.enqueue_ms)
 
 
 def test_strangers_on_the_gpu_are_said() -> None:

@@ -32,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FalseGpu:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("files"))
+    return Files(tmp_path_factory)
 
 
 def switches() -> dict[str, bool]:
@@ -65,7 +65,7 @@ def test_with_a_gpu_it_is_chosen_unless_the_processor_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_both_kinds_of_product_obey_one_switch_which_is_put_back(tf32: bool) -> None:
+def test_both_kinds_of_product_obey_one_switch_which_is_put_back(tf32) -> None:
     before = switches()
     with cuda.arithmetic(tf32=tf32):
         assert switches() == {"conv": tf32, "matmul": tf32, "search": True}
@@ -134,9 +134,7 @@ def test_a_launch_that_never_ran_has_no_answer() -> None:
         (RuntimeError("CUDA error: operation not permitted when stream is capturing"), "captur", "--cuda-graph"),
     ],
 )
-def test_a_failing_gpu_is_told_with_what_to_do(
-    gpu: FalseGpu, failure: Exception, words: str, remedy: str
-) -> None:
+def test_a_failing_gpu_is_told_with_what_to_do(gpu: FalseGpu, failure: Exception, words: str, remedy: str) -> None:
     def run() -> None:
         raise failure
 
@@ -165,7 +163,7 @@ def test_what_is_no_failure_of_the_gpu_passes() -> None:
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 def test_torch_answers_and_launches_through_the_gpu(
-    gpu: FalseGpu, files: Files, precision: str, graph: bool, monkeypatch: pytest.MonkeyPatch
+    gpu: FalseGpu, files: Files, precision: str, graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files.file("weights", precision)
     artefacts.truth(3)
@@ -230,7 +228,7 @@ def test_layers_are_timed_between_events_behind_a_head_start(gpu: FalseGpu, file
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_torch_compile_is_graphed_from_outside(
-    gpu: FalseGpu, files: Files, graph: bool, monkeypatch: pytest.MonkeyPatch
+    gpu: FalseGpu, files: Files, graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from replk_deploy.backends import torch_compile
 
@@ -269,7 +267,7 @@ def test_a_triton_that_cannot_compile_here_is_refused(monkeypatch: pytest.Monkey
         __version__ = "3.7"
 
     monkeypatch.setattr(compiler.optional, "load", lambda *_, **__: Triton)
-    with pytest.raises(UnavailableError, match="triton 3.7 cannot compile for this GPU"):
+    with pytest.raises(UnavailableError, match=r"triton 3\.7 cannot compile for this GPU"):
         compiler.of("cuda", "torch.compile")
     monkeypatch.setattr(compiler, "has_triton", lambda: True)
     assert compiler.of("cuda", "torch.compile") == {"triton": "3.7"}

@@ -26,7 +26,7 @@ SWAP = r"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'replk-depl
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("files"))
+    return Files(tmp_path_factory)
 
 
 def test_a_foreign_file_says_its_precision_by_its_type(tmp_path: Path) -> None:
@@ -95,7 +95,9 @@ def test_the_layers_carry_the_names_of_our_modules(files: Files) -> None:
     names = [layer.name for layer in layers]
     convolutions = [layer.name.removesuffix("/Conv") for layer in layers if layer.kind == "Conv"]
     modules = dict(artefacts.network().named_modules())
-    assert len(convolutions) == sum(isinstance(m, torch.nn.Conv2d) for m in modules.values()), "none missing, none twice"
+    assert len(convolutions) == sum(isinstance(m, torch.nn.Conv2d) for m in modules.values()), (
+        "none missing, none twice"
+    )
     assert set(convolutions) <= modules.keys()
     assert names[0] == "stem.0.conv/Conv"
     assert names[-1] == "head/Gemm"
@@ -228,7 +230,9 @@ def test_a_library_that_does_not_load_keeps_the_loaders_words(name: str, false_o
     kind = "cuda" if name == "ort-cuda" else "tensorrt"
     library = Path(false_ort.__file__).parent / "capi" / f"libonnxruntime_providers_{kind}.so"
     library.write_bytes(b"no library")
-    with pytest.raises(UnavailableError, match=rf"{GPU[name]} does not load: .*{library.name}: file too short") as caught:
+    with pytest.raises(
+        UnavailableError, match=rf"{GPU[name]} does not load: .*{library.name}: file too short"
+    ) as caught:
         backends.find(name).probe()
     assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.remedy
     assert ("tensorrt<11" in caught.value.remedy) == (name == "ort-trt")
@@ -310,7 +314,10 @@ def test_tensorrt_is_told_type_and_range(false_ort: FalseOrt, files: Files, tmp_
     with files.opened("ort-trt", "fp16", Settings(cuda_graph=True)) as found:
         (first, options), (second, _) = false_ort.asked
         assert (first, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
-        shapes = {f"trt_profile_{k}_shapes": f"images:{n}x3x{SIZE}x{SIZE}" for k, n in zip(("min", "opt", "max"), (1, 8, 64))}
+        shapes = {
+            f"trt_profile_{k}_shapes": f"images:{n}x3x{SIZE}x{SIZE}"
+            for k, n in zip(("min", "opt", "max"), (1, 8, 64), strict=True)
+        }
         assert {"trt_fp16_enable": "1", "trt_cuda_graph_enable": "1", **shapes}.items() <= options.items()
         assert [str(b) for b in found.batches] == ["1:8:64"]
         with pytest.raises(ReplkError, match="built for 1:8:64"):
@@ -326,7 +333,7 @@ def test_tensorrt_is_told_type_and_range(false_ort: FalseOrt, files: Files, tmp_
 def test_tensorrt_cannot_promise_fp32(false_ort: FalseOrt, files: Files, tmp_path: Path) -> None:
     onnx.save(graph({"x": (TensorProto.FLOAT, ["n", 3, 8, 8])}), tmp_path / "foreign.onnx")
     for ask in (lambda: files.opened("ort-trt", "fp32"), lambda: backends.find("ort-trt")(tmp_path / "foreign.onnx")):
-        with pytest.raises(UnavailableError, match="no switch for TF32, so fp32 is not offered.*tf32 or fp16"):
+        with pytest.raises(UnavailableError, match=r"no switch for TF32, so fp32 is not offered.*tf32 or fp16"):
             ask()
     assert not false_ort.asked, "refused before an engine is built"
 

@@ -175,6 +175,17 @@ def test_a_sum_that_does_not_close_is_a_doubt(times: Mapping[str, float], words:
     assert (len(doubts), words in doubts[0] if doubts else None) == ((1, True) if words else (0, None))
 
 
+def test_interruptions_that_medians_hide_are_a_doubt() -> None:
+    def hit(turn: int) -> tuple[float, ...]:
+        return tuple(60.0 if run % 3 == turn else 20.0 for run in range(6))
+
+    found = made({"a": hit(0), "big": hit(1), "head": hit(2)}, repeats=6)
+    assert (found.layers_ms, found.watched_ms.value) == (60.0, 100.0)
+    assert [doubt.partition(":")[0] for doubt in found.doubts] == [
+        "the layers of one inference take 100 ms, their medians add up to 60"
+    ]
+
+
 def test_medians_have_intervals_and_outliers_do_not_move_them() -> None:
     found = made({"big": (50.0, 51.0, 52.0, 53.0, 54.0, 55.0, 500.0)})
     assert (found.layers[0].ms.value, found.layers[0].ms.interval) == (53.0, (50.0, 500.0))
@@ -213,13 +224,24 @@ def test_large_kernels_that_no_layer_names_are_a_doubt_and_not_a_small_share() -
             {"big": 6.0, "a/Conv": 90.0},
             "6 of 100 ms, 6%, 2x what this device could do: the rest decides; most is Conv, 90%",
         ),
-        ({"a/Conv": 90.0, "head/Gemm": 8.0}, "no large depthwise kernel among the layers; most is Conv, 90%"),
+        ({"big/Conv": 25.0, "a/Gemm": 15.0, "head/Mul": 9.0}, "the rest decides; most is Gemm, 15%"),
+        (
+            {"a/Conv": 90.0, "head/Gemm": 8.0},
+            "it is not known which layers are large depthwise kernels; most is Conv, 90%",
+        ),
     ],
 )
 def test_the_first_line_says_the_share_of_the_large_kernels_and_what_follows(
     layers: Mapping[str, float], words: str
 ) -> None:
     assert words in made(layers).sentence
+
+
+def test_a_network_without_large_kernels_is_told_from_one_that_nobody_knows() -> None:
+    small = {name: s for name, s in SITES.items() if not s.large}
+    assert made({"a/Conv": 90.0}, known=small).sentence == "no large depthwise kernel; most is Conv, 90%"
+    assert made({"a/Conv": 90.0}, known={}).sentence.startswith("it is not known")
+    assert made({"everything": 98.0}, known=small).sentence.startswith("it is not known")
 
 
 def test_large_kernels_near_the_limit_are_no_advice_to_rewrite_them() -> None:
@@ -237,6 +259,8 @@ def test_what_cannot_be_profiled_is_refused() -> None:
         made(gpu=1.0)
     with pytest.raises(ContractError, match="big has 2 times, asked for 7"):
         made({"big": (1.0, 2.0)})
+    with pytest.raises(ContractError, match="told none"):
+        made({})
 
 
 def test_progress_hears_of_the_three_parts() -> None:

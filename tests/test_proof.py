@@ -5,6 +5,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -21,9 +24,10 @@ from replk_deploy.export import Export, export
 from replk_deploy.fuse import batch_norms, fuse
 from replk_deploy.metadata import Metadata
 from replk_deploy.models.base import Network
+from replk_deploy.models.reparam import Reparam
 from replk_deploy.models.replknet import LargeKernel
 from replk_deploy.precision import ALGEBRA, Precision
-from replk_deploy.preprocess import from_args
+from replk_deploy.preprocess import HALF, IMAGENET, from_args
 from replk_deploy.proof import Oracle, Proof, cast
 from tests import networks
 
@@ -434,3 +438,142 @@ def test_casting_copies_what_it_changes_and_keeps_counters(oracle: Oracle) -> No
     assert not any(p.requires_grad for p in low.parameters())
     assert {p.dtype for p in oracle.model.parameters()} == {torch.float64}
     assert all(isinstance(m, nn.BatchNorm2d) for m in (low.get_submodule(n) for n in batch_norms(low)))
+
+
+def rewired(source: Path, out: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    model = onnx.load(source)
+    change(model)
+    onnx.save(model, out)
+    return out
+
+
+def after_the_end(nodes: Callable[[str, str], list[onnx.NodeProto]], **constants: np.ndarray):
+    """Insert nodes between the last value and the output of a graph."""
+
+    def change(model: onnx.ModelProto) -> None:
+        last = model.graph.node[-1]
+        inner, outer = f"{last.output[0]}.inner", last.output[0]
+        last.output[0] = inner
+        model.graph.node.extend(nodes(inner, outer))
+        model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in constants.items())
+
+    return change
+
+
+def gather(order: list[int]):
+    node = lambda a, b: [onnx.helper.make_node("Gather", [a, "order"], [b], axis=0)]  # noqa: E731
+    return after_the_end(node, order=np.array(order, np.int64))
+
+
+def times(factors: list[float]):
+    node = lambda a, b: [onnx.helper.make_node("Mul", [a, "factors"], [b])]  # noqa: E731
+    return after_the_end(node, factors=np.array(factors, np.float32)[:, None])
+
+
+@pytest.mark.parametrize(
+    "change", [gather([2, 3, 0, 1]), gather([3, 0, 1, 2]), times([1, 1, 0, 0]), times([1, 1, 1, 2])]
+)
+def test_every_place_of_a_fixed_batch_is_judged(oracle: Oracle, folded: Network, tmp_path: Path, change) -> None:
+    path = tmp_path / "four.onnx"
+    export(folded, path, precision="fp32", size=SIZE, batch=Batch(min=4, opt=4, max=4), embed=None)
+    assert proof.prove_file(oracle, path).state == "pass"
+    found = proof.prove_file(oracle, rewired(path, tmp_path / "wrong.onnx", change))
+    assert found.state == "rejected"
+
+
+def test_an_exporter_that_goes_wrong_above_nine_images_is_caught(
+    oracle: Oracle, folded: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = proof.export
+
+    def faulty(model: Network, path: Path, **options: Any) -> Export:
+        found = honest(model, path, **options)
+
+        def nodes(a: str, b: str) -> list[onnx.NodeProto]:
+            make = onnx.helper.make_node
+            return [
+                make("Shape", [a], ["shape"], start=0, end=1),
+                make("Greater", ["shape", "nine"], ["many"]),
+                make("Cast", ["many"], ["one"], to=onnx.TensorProto.FLOAT),
+                make("Add", [a, "one"], [b]),
+            ]
+
+        rewired(path, path, after_the_end(nodes, nine=np.array([9], np.int64)))
+        return found
+
+    path, batch = tmp_path / "free.onnx", Batch(min=1, opt=2, max=12)
+    made = honest(folded, path, precision="fp32", size=SIZE, batch=batch, embed=None)
+    metadata = describe(folded, "fp32")
+    assert proof.prove_onnx(oracle, path, made, metadata=metadata).state == "pass"
+    monkeypatch.setattr(proof, "export", faulty)
+    assert proof.prove_onnx(oracle, path, made, metadata=metadata).state == "rejected"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_weight_that_low_precision_would_hide_is_found_by_its_bits(
+    oracle: Oracle, folded: Network, files: Files, tmp_path: Path, precision: Precision
+) -> None:
+    file = files(precision)
+    assert proof._not_held(file.path, folded, precision) == ()
+
+    def nudge(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "stages.2.blocks.1.pw1.conv.weight")
+        raw = bytearray(tensor.raw_data)
+        raw[0] ^= 1  # the last bit of one weight
+        tensor.raw_data = bytes(raw)
+
+    path = rewired(file.path, tmp_path / "nudged.onnx", nudge)
+    found = proof.prove_onnx(oracle, path, file.made, metadata=file.metadata, folded=folded)
+    assert found.state == "rejected"
+    assert "stages.2.blocks.1.pw1.conv.weight" in found.sentence
+
+
+def test_a_blind_comparison_vouches_for_nothing(trained) -> None:
+    """With a head of next to nothing, any network of the same shape answers the same."""
+    dull, other = (cast(network, torch.float32) for network in (trained, networks.trained(seed=5)))
+    for network in (dull, other):
+        network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
+        network.head.weight.data.mul_(1e-9)
+        network.head.bias.data.copy_(trained.head.bias)
+    found = proof.prove_pair(Oracle(dull, "x"), SimpleNamespace(model=other, metadata=None), size=SIZE)
+    assert found.state == "provisional"
+    assert "nearly blind" in found.doubt
+
+
+def test_a_file_for_other_pictures_is_rejected_whatever_its_own_header_says(oracle: Oracle, files: Files) -> None:
+    mean, std = HALF if SAID.mean == IMAGENET[0] else IMAGENET
+    other = dataclasses.replace(SAID, mean=mean, std=std)
+    assert (SAID.mean, SAID.std) != (other.mean, other.std)
+    for kind in ("bytes", "fp32"):
+        assert proof.prove_file(oracle, files(kind).path, preprocessing=SAID).state == "pass"
+        found = proof.prove_file(oracle, files(kind).path, preprocessing=other)
+        assert found.state == "rejected"
+        assert "for pictures of mean" in found.sentence
+
+
+def test_a_wrong_file_names_the_block_at_fault(oracle: Oracle, files: Files, tmp_path: Path) -> None:
+    name = "stages.2.blocks.1.pw1.conv.weight"
+    found = proof.prove_file(oracle, edited(files("fp32").path, tmp_path / "off.onnx", one_off(name, 0.5)))
+    assert found.bisection is not None
+    assert found.bisection.culprit.block == "stages.2.blocks.1"
+
+
+def test_a_network_that_does_not_survive_float32_is_refused_by_fuse(trained) -> None:
+    fragile = cast(trained, torch.float64)
+    fragile.load_state_dict({k: v.clone() for k, v in fragile.state_dict().items()}, assign=True)
+    fragile.norm.running_var.mul_(1e-30)
+    fragile.norm.eps = 0.0
+    fragile.norm.running_mean.add_(1e3)
+    with pytest.raises(MismatchError, match="does not survive fp32"):
+        proof.prove_fusion(Oracle(fragile, "x"), cast(fuse(fragile).model, "fp32"), level="full", size=SIZE)
+
+
+def test_outer_taps_of_a_block_alone_are_seen(trained) -> None:
+    block = next(m for m in cast(trained, torch.float64).modules() if isinstance(m, Reparam))
+    honest = block.merged()
+    for tap in ((0, 0), (-1, -1), (0, -1)):
+        spoilt = copy.deepcopy(honest)
+        spoilt.weight.data[:, :, tap[0], tap[1]] += 1e-3
+        with mock.patch.object(type(block), "merged", lambda _self, kernel=spoilt: kernel):
+            assert proof._alone(block) > 1e-9
+    assert proof._alone(block) < 1e-14

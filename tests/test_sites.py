@@ -83,13 +83,13 @@ class _Called(nn.Module):
         return x
 
 
-def counted(conv: nn.Module, size: tuple[int, int], times: int = 1) -> Site:
+def counted(conv: nn.Module, size: tuple[int, int], times: int = 1, name: str = "conv") -> Site:
     class Network(_Called):
         @classmethod
         def empty(cls, _geometry: object, _form: object) -> nn.Module:
             return _Called(conv, times).to("meta")
 
-    return sites.of_network(Network(conv, times), batch=1, size=size)["conv"]
+    return sites.of_network(Network(conv, times), batch=1, size=size)[name]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,22 @@ def test_taps_inside_are_those_that_a_convolution_of_ones_over_ones_adds_up(made
     assert site.macs == out.numel() * conv.weight[0].numel()
     assert site.map == tuple(out.shape[2:])
     assert not site.depthwise or made.get("groups") == 3
+
+
+@pytest.mark.parametrize(
+    ("conv", "depthwise", "large"),
+    [
+        (nn.Conv2d(6, 6, 7, padding=3, groups=3), False, False),
+        (nn.Conv2d(6, 12, 7, padding=3, groups=6), True, True),
+        (nn.Conv2d(6, 6, 5, padding=2, groups=6), True, False),
+        (nn.Conv2d(6, 6, (1, 11), padding=(0, 5), groups=6), True, True),
+        (nn.Conv2d(1, 6, 7, padding=3), False, False),
+    ],
+    ids=str,
+)
+def test_only_one_filter_a_channel_is_depthwise(conv: nn.Conv2d, *, depthwise: bool, large: bool) -> None:
+    site = counted(nn.Sequential(nn.Conv2d(3, conv.in_channels, 1), conv), (8, 8), name="conv.1")
+    assert (site.depthwise, site.large) == (depthwise, large)
 
 
 def test_a_module_that_is_called_twice_counts_twice() -> None:

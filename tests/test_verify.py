@@ -7,17 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from replk_deploy import verify
 from replk_deploy.backends.base import Backend, TensorSpec
 from replk_deploy.batch import Batch
 from replk_deploy.errors import ContractError, Exit, InconclusiveError, MismatchError
 from replk_deploy.precision import FLOOR, PRECISIONS, TOLERANCES, Precision
-from replk_deploy.preprocess import IMAGENET, Preprocessing
-from replk_deploy.proof import cast
 from replk_deploy.verify import Agreement, Array, Bound, Probe
-from tests import networks
 
 LIMIT = 1e-3
 Answers = dict[str, Array]
@@ -413,55 +409,46 @@ def test_a_free_batch_is_left_as_it_is() -> None:
     assert verify.any_batch(opened(answer, None)) is answer
 
 
-@pytest.mark.parametrize("row", [0, 5, 8])
-def test_a_row_that_goes_wrong_in_the_largest_batch_is_rejected(row: int) -> None:
-    def spoilt(images: Array) -> Answers:
+def test_fillers_are_unlike_and_begin_with_the_images() -> None:
+    images = probe(3).images
+    more = verify.filled(images, 11)
+    assert np.array_equal(more[:3], images)
+    assert len({image.tobytes() for image in more}) == len(more) == 11
+
+
+def in_nines(spoil: Callable[[Array], None]) -> Callable[[Array], Answers]:
+    """Answer rightly but for batches of nine."""
+
+    def candidate(images: Array) -> Answers:
         logits = answer(images)["logits"]
         if len(images) == 9:
-            logits[row] *= 1.5
+            spoil(logits)
         return {"logits": logits}
 
+    return candidate
+
+
+def swap(logits: Array) -> None:
+    logits[:] = np.roll(logits, 4, axis=0)
+
+
+def spoil_row(row: int) -> Callable[[Array], None]:
+    def spoil(logits: Array) -> None:
+        logits[row] *= 1.5
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_row(0), spoil_row(3), spoil_row(5), spoil_row(8), swap], ids=["0", "3", "5", "8", "swap"]
+)
+def test_a_place_that_goes_wrong_in_a_larger_batch_is_rejected(spoil: Callable[[Array], None]) -> None:
     images = probe(4)
     expected = answer(images.images)
     bound = verify.fixed(expected, 1e-3, "as told")
     kwargs = {"bound": bound, "name": "it", "precision": "fp32"}
-    assert verify.verify(expected, spoilt, images, **kwargs).passed, "it is right in small batches"
-    found = verify.verify(expected, spoilt, images, largest=9, **kwargs)
+    assert verify.verify(expected, in_nines(spoil), images, **kwargs).passed, "it is right in small batches"
+    found = verify.verify(expected, in_nines(spoil), images, sizes=(4, 9), **kwargs)
     assert not found.passed
-    assert f"{images.names[row % 4]} in a batch of 9" in found.sentence
-    assert verify.verify(expected, answer, images, largest=9, **kwargs).passed
-
-
-def test_probes_hold_unlike_images_and_a_name_for_each() -> None:
-    for made in (verify.normal((9, 5), count=3), verify.special((9, 5)), verify.pictures((9, 5), count=3)):
-        assert len(made.names) == len(set(made.names)) == len(made.images)
-        assert len({image.tobytes() for image in made.images}) == len(made.images)
-    images = dict(zip(verify.special((9, 5)).names, verify.special((9, 5)).images, strict=True))
-    assert not images["zeros"].any()
-    assert images["10 sigma"].std() > 5
-    spots = {"centre": (4, 2), "top left": (0, 0), "top right": (0, 4), "bottom left": (8, 0), "bottom right": (8, 4)}
-    for where, spot in spots.items():
-        assert set(zip(*np.nonzero(images[f"impulse {where}"])[1:], strict=True)) == {spot}
-    assert verify.pictures((9, 5)).images.dtype == np.uint8
-
-
-def test_a_network_answers_in_its_own_precision_and_each_image_alone() -> None:
-    model, images = networks.trained(), verify.normal((64, 64), count=3).images
-    exact = verify.answer_of(cast(model, torch.float64))(images)["logits"]
-    single = verify.answer_of(model)(images)["logits"]
-    assert exact.dtype == single.dtype == np.float64
-    assert 1e-8 < np.linalg.norm(single - exact) / np.linalg.norm(exact) < 1e-3
-    alone = np.concatenate([verify.answer_of(model)(images[i : i + 1])["logits"] for i in range(3)])
-    assert np.array_equal(single, alone)
-
-
-def test_bytes_are_normalised_in_float64_by_the_stated_constants() -> None:
-    model = cast(networks.trained(), torch.float64)
-    mean, std = IMAGENET
-    said = Preprocessing(size=(64, 48), mean=mean, std=std, resize="crop", crop_pct=0.875, said_by="default")
-    raw = verify.pictures((64, 48)).images
-    planes = [(raw[..., c].astype(np.float64) / 255 - mean[c]) / std[c] for c in range(3)]
-    with torch.inference_mode():
-        (wanted,) = model(torch.from_numpy(np.stack(planes, axis=1)))
-    got = verify.answer_of(model, preprocessing=said)(raw)["logits"]
-    assert np.linalg.norm(got - wanted.numpy()) / np.linalg.norm(wanted.numpy()) < 1e-13
+    assert "batch of 9" in found.sentence
+    assert verify.verify(expected, answer, images, sizes=(4, 9), **kwargs).passed

@@ -2,11 +2,13 @@
 
 import difflib
 from importlib import import_module
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from replk_deploy.backends.base import Backend
 from replk_deploy.errors import ReplkError, UnavailableError
 from replk_deploy.machine import version
+
+if TYPE_CHECKING:  # numpy would come with it, and `replk --help` must not wait
+    from replk_deploy.backends.base import Backend
 
 Takes = Literal["weights", "onnx"]
 
@@ -46,7 +48,7 @@ PACKAGES = {  # what people type who think of the package
 PLANNED: dict[str, Planned] = {"native": Planned("cuda-core", "native", "weights")}
 
 
-def find(name: str) -> type[Backend]:
+def find(name: str) -> "type[Backend]":
     """Return the class of a backend.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from replk_deploy.batch import Batch
-from replk_deploy.errors import ContractError, ReplkError, UnavailableError
+from replk_deploy.errors import MismatchError, ReplkError, UnavailableError
 from replk_deploy.precision import Precision
 from replk_deploy.progress import Progress
 
@@ -85,8 +85,8 @@ class Recipe(_Choices):
         batches: one optimisation profile each; none takes the range that the source file states.
         level: builder optimisation level, 0 to 5.
         workspace_mib: most memory that one layer may use for scratch.
-        timing_cache: kept there between builds.
-        compute_capabilities: of the GPUs to build for, as 8.9; none is the GPU at hand.
+        timing_cache: folder in which timings are kept between builds.
+        compute_capabilities: of the GPUs to build for, as 8.9; none is what the runtime builds for by itself.
         hardware: other GPUs that may open the engine.
         version_compatible: whether later versions of the runtime may open it.
         refittable: whether its weights may be replaced.
@@ -161,13 +161,16 @@ class Backend(abc.ABC):
 
         Raises:
             ReplkError: shape or type is not what the artefact takes.
-            ContractError: the runtime answered something else than it promised.
+            MismatchError: the artefact answers something else than it promises.
         """
         self.check(images)
         answer = {name: np.array(out, dtype=np.float32) for name, out in self._run(images).items()}
         if tuple(answer) != self.outputs or any(len(out) != len(images) for out in answer.values()):
             shapes = {name: out.shape for name, out in answer.items()}
-            raise ContractError(f"{self.name} answered {shapes} to {images.shape}, promised {self.outputs}")
+            raise MismatchError(
+                f"{self.name} answers {shapes} to {images.shape}, and promised one row an image of {self.outputs}",
+                "a batch dimension became constant, or an output is missing: export it again",
+            )
         return answer
 
     @final

@@ -24,6 +24,7 @@ TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8"}
 HINT = {"fp32": "f32", "tf32": "f32", "fp16": "f16"}  # of a file → the least precise type to compute in
 PRECISION = "INFERENCE_PRECISION_HINT"
 NOISE = ("Exception from ", "Check '", "FrontEnd API failed")  # lines that say where in OpenVINO, not what
+CAUSE = "-- "  # before the lines of a summary
 
 
 @final
@@ -193,5 +194,7 @@ def _told(did: str) -> Iterator[None]:
         yield
     except Exception as exc:  # OpenVINO's errors share no other base
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-        words = next((line for line in lines if not line.startswith(NOISE)), type(exc).__name__)
+        said = [line for line in lines if not line.startswith(NOISE)]
+        causes = [line.removeprefix(CAUSE) for line in said if line.startswith(CAUSE)]
+        words = (causes or said or [type(exc).__name__])[0]
         raise ReplkError(f"OpenVINO {did}: {words}", "write it again: replk export --onnx") from exc

@@ -13,6 +13,7 @@ from replk_deploy.pipeline.deploying import Deployment, deploy
 from replk_deploy.pipeline.exporting import Exported, export
 from replk_deploy.pipeline.fusing import Fused, fuse
 from replk_deploy.pipeline.inspecting import inspect
+from replk_deploy.pipeline.profiling import profile
 from replk_deploy.pipeline.verifying import verify
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "export",
     "fuse",
     "inspect",
+    "profile",
     "verify",
 ]

@@ -86,6 +86,7 @@ def bench(
         ReplkError: a setting that no chosen backend honours, or a wrong source.
     """
     demand_batches(batches)
+    benching.demand(percentiles, max_seconds)
     kinds = {name: runtimes.find(name) for name in backends}
     settings = settings or Settings()
     _demand_honoured(settings, cuda_graph, kinds)
@@ -96,7 +97,7 @@ def bench(
         for kind in kinds.values():
             sources.check_kind(single, kind, sources.opens(kind))
     with contextlib.ExitStack() as opened:
-        own = _runners(kinds, run, single, precision, allow_unverified=allow_unverified, progress=progress)
+        own = _runners(kinds, run, single, precision, batches, allow_unverified=allow_unverified, progress=progress)
         runners = list(own)
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         for baseline in baselines:
@@ -105,6 +106,7 @@ def bench(
         agreements: dict[str, Agreement] = {}
         failures: dict[str, str] = {}
         for runner in runners:
+            sha256 = files.sha256(runner.path)
             for backend, graph, load_s in _open(opened, runner, settings, cuda_graph):
                 key = " ".join(filter(None, (runner.label, backend.name)))
                 if runner.oracle is not None and runner.metadata is not None:
@@ -112,7 +114,7 @@ def bench(
                     agreements[key] = proving.judge_backend(key, runner.oracle, backend, runner.metadata)
                     if not agreements[key].passed:
                         raise MismatchError(f"{key} answers wrongly: {agreements[key].sentence}", "do not deploy it")
-                facts = {"artefact": runner.path.name, "verdict": runner.verdict}
+                facts = {"artefact": runner.path.name, "sha256": sha256, "verdict": runner.verdict}
                 if key in agreements:
                     facts["error"] = agreements[key].sentence
                 for count in batches:
@@ -171,13 +173,14 @@ def _runners(
     run: Workspace | None,
     single: Path | None,
     precision: Precision | None,
+    batches: Sequence[int],
     *,
     allow_unverified: bool,
     progress: Progress,
 ) -> list[_Runner]:
     oracle, found = sources.oracle_of(run, single), []
     for kind in kinds.values():
-        path = single or building.needed(run, kind, precision, progress, any_verdict=allow_unverified)
+        path = single or building.needed(run, kind, precision, progress, any_verdict=allow_unverified, batches=batches)
         metadata = sources.vouched(path, allow_unverified=allow_unverified)
         verdict: Literal["pass", "unverified"] = (
             "unverified" if allow_unverified and not sources.sound(path) else "pass"

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from replk_deploy import proof as proving
 from replk_deploy.backends import sidecar
 from replk_deploy.backends.base import Backend, Engine, Recipe
 from replk_deploy.backends.sidecar import Sidecar
+from replk_deploy.batch import Batch
 from replk_deploy.errors import ContractError, IntegrityError, MismatchError, ReplkError
 from replk_deploy.metadata import Verdict
 from replk_deploy.pipeline import entries, exporting, fusing
@@ -132,10 +133,16 @@ def engine_name(kind: type[Engine], source: Path) -> str:
 
 
 def needed(
-    run: Workspace | None, kind: type[Backend], precision: Precision | None, progress: Progress, *, any_verdict: bool
+    run: Workspace | None,
+    kind: type[Backend],
+    precision: Precision | None,
+    progress: Progress,
+    *,
+    any_verdict: bool,
+    batches: Sequence[int] = (),
 ) -> Path:
     """Return the newest sound artefact of a run that a backend can open, making it when there is none."""
-    source = needed_source(run, kind, precision, progress, any_verdict=any_verdict)
+    source = needed_source(run, kind, precision, progress, any_verdict=any_verdict, batches=batches)
     if run is None or not issubclass(kind, Engine):
         return source
     name = engine_name(kind, source)
@@ -155,21 +162,39 @@ def needed(
 
 
 def needed_source(
-    run: Workspace | None, kind: type[Backend], precision: Precision | None, progress: Progress, *, any_verdict: bool
+    run: Workspace | None,
+    kind: type[Backend],
+    precision: Precision | None,
+    progress: Progress,
+    *,
+    any_verdict: bool,
+    batches: Sequence[int] = (),
 ) -> Path:
-    """Return the newest sound artefact of a run that a backend can start from, exporting it when there is none."""
+    """Return the newest sound artefact of a run that a backend can start from, exporting it when there is none.
+
+    One whose batch can take all of `batches` comes before newer ones that cannot.
+    """
     if run is None:
         raise ContractError("neither a run nor a file")
     states = {"pass", "provisional"} if issubclass(kind, Engine) else {"pass"}  # the engine is judged by itself
+    found = []
     for name in run.artefacts(sources.starts_from(kind)):
         entry = run.entry(name)
         sound = any_verdict or (entry is not None and entry.verdict.state in states)
         fits = precision in {None, "fp32"} if name == FUSED else precision is None or f".{precision}." in name
         if sound and fits and name != "merged.safetensors":
-            return run.take(name)
-    fused, onnx = fusing.reopen(run.take(FUSED), prove=True), kind.takes == "onnx"
+            found.append(run.take(name))
+    if found:
+        return next((path for path in found if _takes(path, batches)), found[0])
+    fused, onnx = fusing.reopen(sources.fused_of(run), prove=True), kind.takes == "onnx"
     made = exporting.export_fused(fused, run, onnx=onnx, precision=precision or "fp32", progress=progress)
     return made.file
+
+
+def _takes(path: Path, batches: Sequence[int]) -> bool:
+    said = sources.header(path)
+    stated = Batch.parse(said.batch) if said and said.batch else None
+    return stated is None or all(stated.min <= count <= stated.max for count in batches)
 
 
 def _judge(engine: Path, source: Path, kind: type[Engine], oracle: Oracle | None, progress: Progress) -> Proof:

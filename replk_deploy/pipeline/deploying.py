@@ -15,9 +15,10 @@ from replk_deploy import proof as proving
 from replk_deploy import report as reporting
 from replk_deploy import verify as verifying
 from replk_deploy.batch import DYNAMIC, Batch
+from replk_deploy.bench import demand
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.container import Source
-from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.inspect import Inspection
 from replk_deploy.metadata import State
 from replk_deploy.pipeline import benching, entries, exporting, fusing
@@ -33,7 +34,10 @@ from replk_deploy.workspace import ROOT, Workspace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A whole run: each step with its verdict, as it stands in the report."""
+    """A whole run: each step with its verdict, as it stands in the report.
+
+    `problem` says what ended it early; `wrong` whether that was a backend's wrong answer.
+    """
 
     KIND: ClassVar[str] = "deployment"
     FORMAT: ClassVar[int] = 1
@@ -48,12 +52,14 @@ class Deployment:
     accuracy: tuple[Mapping[str, Any], ...]
     reused: tuple[str, ...]
     problem: str
+    wrong: bool
     timed: Benched | None = live()
 
     @property
     def state(self) -> State:
-        """Return the worst verdict of the chain."""
+        """Return the worst verdict of the chain; a backend that answers wrongly is a rejection, too."""
         states = [step["verdict"]["state"] for step in (self.fuse, *self.exports)]
+        states += ["rejected"] if self.wrong else []
         order: tuple[State, ...] = ("rejected", "unverified", "provisional", "pass")
         return next(s for s in order if s in states)
 
@@ -79,6 +85,7 @@ def deploy(
     Stops at the first step that is not equivalent; the report says which.
     """
     benching.demand_batches(batches)
+    demand((), max_seconds)
     loaded = checkpoint.load(path, source=source, head=head)
     seen = inspection.inspect(loaded, size=size)
     run = Workspace(root / sources.run_name(loaded))
@@ -106,11 +113,14 @@ def deploy(
     sound = fused.verdict.state == "pass" and all(e["verdict"]["state"] != "rejected" for e in exports)
     accuracy: list[Mapping[str, Any]] = []
     timed: Benched | None = None
-    if sound and pictures:
-        accuracy = [records.plain(a) for a in _accuracies(loaded, fused, run, exports, pictures, progress)]
-    passed = [p for p, e in zip(precisions, exports, strict=False) if e["verdict"]["state"] == "pass"]
     failure: ReplkError | None = None
-    if sound and chosen and passed:
+    if sound and pictures:
+        try:
+            accuracy = [records.plain(a) for a in _accuracies(loaded, fused, run, exports, pictures, progress)]
+        except ReplkError as exc:  # the report is written all the same
+            failure = exc
+    passed = [p for p, e in zip(precisions, exports, strict=False) if e["verdict"]["state"] == "pass"]
+    if sound and chosen and passed and failure is None:
         try:
             timed = benching.bench(
                 run.folder,
@@ -121,7 +131,7 @@ def deploy(
                 progress=progress,
             )
             timed = dataclasses.replace(timed, skipped=skipped)
-        except ReplkError as exc:  # the report is written all the same
+        except ReplkError as exc:
             failure = exc
     done = Deployment(
         run=run.name,
@@ -133,6 +143,7 @@ def deploy(
         accuracy=tuple(accuracy),
         reused=tuple(reused),
         problem=str(failure) if failure else "" if passed or not sound else "nothing was timed: no export passed",
+        wrong=isinstance(failure, MismatchError),
         timed=timed,
     )
     files.write_text(run.path("report.json"), records.to_json(done))
@@ -154,7 +165,7 @@ def _accuracies(
     size = rules.size
     trained = verifying.answer_of(proving.cast(loaded.model, torch.float32))
     first = evaluation.evaluate(trained, pictures, rules, step="trained", progress=progress)
-    stored, _ = weights.read(run.take(FUSED))
+    stored, _ = weights.read(sources.fused_of(run))
     answer = verifying.answer_of(stored)
     found = [first, evaluation.evaluate(answer, pictures, rules, step="fused", first=first, progress=progress)]
     for made in exports:

@@ -10,9 +10,13 @@ from replk_deploy.workspace import Workspace
 
 
 def spare(source: Path, output: Path) -> None:
-    """Refuse to write a result over what it is made from."""
+    """Refuse to write a result over what it is made from, or over what a run vouches for."""
     if output.exists() and output.samefile(source):
         raise ReplkError(f"{output} is the file to start from", "name another file with -o")
+    for folder in output.absolute().parents[:2]:  # engines lie one folder down
+        name = output.absolute().relative_to(folder).as_posix()
+        if (folder / "manifest.json").is_file() and Workspace.open(folder).entry(name):
+            raise ReplkError(f"{output} belongs to the run {folder.name}", "leave out -o, or name another file")
 
 
 def enter(

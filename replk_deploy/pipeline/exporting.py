@@ -52,10 +52,17 @@ def export(
     progress: Progress = silent,
 ) -> Exported:
     """Export fused weights, or a checkpoint after fusing it, as ONNX or as cast weights."""
+    ending = ".onnx" if onnx else ".safetensors"
+    if output and output.suffix != ending:
+        raise ReplkError(
+            f"{output} does not end in {ending}", f"{'leave out' if onnx else 'add'} --onnx, or name a {ending} file"
+        )
     if artefact is None or artefact.is_dir():
         latest = Workspace.latest(root) if artefact is None else Workspace.open(artefact)
         run: Workspace | None = latest
-        fused = fusing.reopen(latest.take(FUSED), prove=prove)
+        if output:
+            entries.spare(latest.path(FUSED), output)
+        fused = fusing.reopen(sources.fused_of(latest), prove=prove)
     else:
         loaded = sources.load_either(artefact, source, head)
         if output:
@@ -95,8 +102,6 @@ def export_fused(
     size = size or fused.metadata.preprocessing.size
     name = f"model.{precision}.{'onnx' if onnx else 'safetensors'}"
     final = output or (run.path(name) if run else Path(name))
-    if final.suffix != Path(name).suffix:
-        raise ReplkError(f"{final} has no known ending", f"end it in {Path(name).suffix}")
     metadata = dataclasses.replace(fused.metadata, form=folded.form, precision=precision, verdict=None)
     metadata = dataclasses.replace(metadata, batch=str(batch) if onnx else "")
     if size != metadata.preprocessing.size:
@@ -114,7 +119,9 @@ def export_fused(
                 written = made
                 proof = publish.proved(
                     "export",
-                    lambda: proving.prove_onnx(fused.oracle, part, written, metadata=metadata, progress=progress),
+                    lambda: proving.prove_onnx(
+                        fused.oracle, part, written, metadata=metadata, folded=folded, progress=progress
+                    ),
                 )
         else:
             weights.write(part, proving.cast(folded, precision), metadata)

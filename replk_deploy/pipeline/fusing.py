@@ -69,12 +69,12 @@ def fuse_loaded(
     progress: Progress = silent,
 ) -> Fused:
     """Fuse an open checkpoint."""
-    result = fusing.fuse(loaded.model, level=level, progress=progress)
     name = FUSED if level == "full" else "merged.safetensors"
     final = output or (run.path(name) if run else Path(name))
     if final.suffix not in {".safetensors", ".pth"}:
         raise ReplkError(f"{final} has no known ending", "end it in .safetensors, or .pth for the reference code")
     entries.spare(loaded.path, final)
+    result = fusing.fuse(loaded.model, level=level, progress=progress)
     oracle = Oracle(loaded.model, loaded.sha256)
     same = loaded.metadata if not result.changed and size in {None, loaded.preprocessing.size} else None
     metadata = same or _metadata(loaded, result.model, size)
@@ -131,7 +131,7 @@ def resume(loaded: Loaded, run: Workspace, size: sources.Size, reused: list[str]
     if not run.fresh(FUSED, {loaded.file: loaded.sha256}, options):
         return fuse_loaded(loaded, run, size=size, progress=progress)
     reused.append(FUSED)
-    fused = reopen(run.take(FUSED), prove=True)
+    fused = reopen(sources.fused_of(run), prove=True)
     return dataclasses.replace(fused, oracle=Oracle(loaded.model, loaded.sha256))
 
 
@@ -152,6 +152,9 @@ def fused_source(
     if loaded.metadata and loaded.form == "folded":
         return reopen(loaded.path, prove=prove), run if loaded.path.resolve().parent == run.folder.resolve() else None
     if output is None:
+        size = loaded.preprocessing.size
+        if run.fresh(FUSED, {loaded.file: loaded.sha256}, _fuse_options(loaded, "full", size, prove=True)):
+            return resume(loaded, run, size, [], progress), run
         return fuse_loaded(loaded, run, prove=prove, progress=progress), run
     beside = output.with_name(f"{output.stem}.fused.safetensors")
     return fuse_loaded(loaded, None, output=beside, prove=prove, progress=progress), None

@@ -42,7 +42,11 @@ def verify(
     loaded = sources.load_either(reference, source, head)
     oracle, doubt = Oracle(loaded.model, loaded.sha256), sources.doubt(loaded)
     if _rank(candidate):
-        return publish.proved("verify", lambda: proving.prove_file(oracle, candidate, doubt=doubt, progress=progress))
+        rules = loaded.preprocessing
+        return publish.proved(
+            "verify",
+            lambda: proving.prove_file(oracle, candidate, preprocessing=rules, doubt=doubt, progress=progress),
+        )
     other = sources.load_either(candidate, source, head)
     if sources.rounding(loaded) > sources.rounding(other):
         loaded, other, oracle = other, loaded, Oracle(other.model, other.sha256)  # rounded weights judge nobody
