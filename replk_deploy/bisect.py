@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from replk_deploy.models.base import Network
-from replk_deploy.precision import ALGEBRA, FLOOR
+from replk_deploy.precision import ALGEBRA, TOLERANCES
 
 HEAD = "head"
 BlockAnswer = Callable[[str, Tensor], Tensor]
@@ -82,7 +82,7 @@ def bisect(
         for name in (*names, HEAD):
             x = inputs.pop(name)
             ref = _block(reference, name, x)
-            limit = ALGEBRA if eager is None else 10 * max(_off(eager(name, x), ref), FLOOR)
+            limit = ALGEBRA if eager is None else 10 * max(_off(eager(name, x), ref), TOLERANCES["fp32"].floor)
             rows.append(BlockError(block=name, rel_l2=_off(candidate(name, x), ref), limit=limit))
     return Bisection(blocks=tuple(rows))
 

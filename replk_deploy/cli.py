@@ -1,8 +1,6 @@
 """The command line: parse, call one function of `pipeline`, render, exit."""
 
-import os
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -450,7 +448,7 @@ def main() -> None:
     try:
         app(prog_name="replk")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
+        render.fall_silent()
 
 
 def _finish(made: Any, words: Any, what: str, as_json: Path | None) -> None:

@@ -86,11 +86,10 @@ class Proof:
     @property
     def sentence(self) -> str:
         """Say why, in words."""
-        if self.structure:
-            return "; ".join(self.structure)
         bad = [a for a in self.agreements if not a.passed]
         wrong = [n for n, e in self.modules.items() if not e <= ALGEBRA]
         said = [f"{a.name}: {a.sentence}" for a in bad[:1]] or [f"{n} alone is wrong" for n in wrong[:1]]
+        said = [*self.structure, *said]
         if not said and not self.agreements:
             return "nothing was compared"
         if not said:
@@ -514,6 +513,9 @@ def _misrounded(exact: Network, stored: Network) -> tuple[str, ...]:
     wrong = []
     for name, value in exact.state_dict().items():
         rounded = stored.state_dict()[name]
+        if not rounded.is_floating_point():
+            wrong += [] if torch.equal(rounded, value) else [name]
+            continue
         step = torch.finfo(rounded.dtype).eps * value.abs() + torch.finfo(rounded.dtype).smallest_normal
         if not ((rounded.double() - value).abs() <= step).all():
             wrong.append(name)

@@ -4,6 +4,7 @@ Results go to stdout, all else to stderr, and the last line is always one verdic
 narrow: what does not fit in 60 columns stands on a line of its own.
 """
 
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +66,11 @@ def bars() -> Iterator[Listener]:
             display.update(tasks[step], completed=done, total=total)
 
         yield update
+
+
+def fall_silent() -> None:
+    """Send the rest of stdout nowhere once its reader went away, or the interpreter complains on its way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def error(problem: ReplkError) -> None:

@@ -4,6 +4,8 @@ No layer of a network can be faster than its data can be read and written once, 
 multiplications at the rate of a large matrix product. Both limits are measured, in the run that uses
 them, since neither a data sheet nor another day knows this machine's clocks and neighbours. A layer
 whose data stay in a cache may beat the first limit, and one with a cheaper algorithm the second.
+
+The part for GPUs has not been executed on one yet.
 """
 
 import contextlib

@@ -152,8 +152,10 @@ def fused_of(run: Workspace) -> Path:
 
     Raises:
         ReplkError: it has none.
-        IntegrityError: they are missing or altered.
+        IntegrityError: they are missing, altered or rejected.
     """
+    if run.entry(FUSED) is None and run.path(f"rejected/{FUSED}").is_file():
+        raise IntegrityError(f"{FUSED} is missing from {run.name}: it was rejected", f"see {run.path('rejected')}")
     if run.entry(FUSED) is None:
         raise ReplkError(f"the run {run.name} has no {FUSED}", "fuse to the end: replk fuse CHECKPOINT --level full")
     return run.take(FUSED)

@@ -19,7 +19,7 @@ from replk_deploy.backends.base import Backend
 from replk_deploy.errors import ContractError, InconclusiveError, MismatchError
 from replk_deploy.metadata import State
 from replk_deploy.models.base import Network
-from replk_deploy.precision import FLOOR, TOLERANCES, Precision, algebra_gate
+from replk_deploy.precision import TOLERANCES, Precision, algebra_gate
 from replk_deploy.preprocess import Preprocessing
 
 Array = npt.NDArray[Any]
@@ -122,7 +122,7 @@ class Agreement:
         found = f"{worst.image}: {worst.output} is {worst.rel_l2:.1e} from {self.against}, limit {limit:.1e}"
         if not eager:
             return found
-        times = worst.rel_l2 / max(eager, FLOOR)
+        times = worst.rel_l2 / max(eager, TOLERANCES["fp32"].floor)
         return f"{found} ({times:.2g}x PyTorch's own {self.precision} error)"
 
 
@@ -232,7 +232,7 @@ def calibrate(
             if precision != "fp32"
             else "train with a larger BatchNorm eps or look for exploding layers",
         )
-    bounds = {name: row.factor * max(e, FLOOR) for name, e in errors.items()}
+    bounds = {name: row.factor * max(e, row.floor) for name, e in errors.items()}
     return Bound(rel_l2=bounds, eager=errors, why=f"{row.factor:g} x PyTorch {precision}")
 
 

@@ -13,8 +13,8 @@ import torch
 from onnx import TensorProto, helper
 
 from replk_deploy import backends, weights
-from replk_deploy.backends import sidecar
-from replk_deploy.backends.base import Array, Backend, Engine, Recipe, Settings
+from replk_deploy.backends import cuda, sidecar
+from replk_deploy.backends.base import DEFAULT, Array, Backend, Engine, Recipe, Settings
 from replk_deploy.backends.sidecar import Sidecar
 from replk_deploy.batch import Batch
 from replk_deploy.export import export
@@ -96,7 +96,8 @@ class Files:
 
     def file(self, kind: str, precision: Precision) -> Path:
         """Return a file of "weights" or "onnx", or the engine of a backend of that name."""
-        suffix = {"weights": ".safetensors", "onnx": ".onnx"}.get(kind) or f".{kind}{_engine(kind).suffix}"
+        device = cuda.choose(DEFAULT, kind)  # some engines are for the one that is there
+        suffix = {"weights": ".safetensors", "onnx": ".onnx"}.get(kind) or f".{kind}-{device}{_engine(kind).suffix}"
         path = self._folder / f"model.{precision}{suffix}"
         with filelock.FileLock(f"{path}.lock"):
             done = path.with_name(f"{path.name}.done")
@@ -105,11 +106,11 @@ class Files:
                 done.touch()
         return path
 
-    def opened(self, name: str, precision: Precision, settings: Settings | None = None) -> Backend:
+    def opened(self, name: str, precision: Precision, settings: Settings = DEFAULT) -> Backend:
         """Open what a backend takes."""
         found = backends.find(name)
         kind = name if issubclass(found, Engine) else found.takes
-        return found(self.file(kind, precision), *([settings] if settings else []))
+        return found(self.file(kind, precision), settings)
 
     def _write(self, kind: str, precision: Precision, path: Path) -> None:
         twin = RepLKNet.build(GEOMETRY, "folded")

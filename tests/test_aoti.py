@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from replk_deploy import backends
-from replk_deploy.backends import aoti, compiler, sidecar
+from replk_deploy.backends import aoti, compiler, cuda, sidecar
 from replk_deploy.backends.aoti import Aoti
 from replk_deploy.backends.base import Made, Recipe, Settings
 from replk_deploy.backends.sidecar import Sidecar
@@ -38,6 +38,12 @@ package = torch._inductor.aoti_load_package(sys.argv[1])
 numpy.save(sys.argv[3], logits.numpy())
 assert not [name for name in sys.modules if name.startswith("replk_deploy.")]
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the machine be one without a GPU, unless a test plants a false one."""
+    monkeypatch.setattr(cuda, "available", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +247,7 @@ def for_gpu(package: Path, **changes: str) -> Sidecar:
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_package_for_a_gpu_is_launched_as_eager_pytorch_is(
-    gpu: FalseGpu, package: Path, graph, monkeypatch: pytest.MonkeyPatch
+    package: Path, gpu: FalseGpu, graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for_gpu(package)
     alone = []
@@ -264,10 +270,10 @@ def test_a_package_for_a_gpu_is_launched_as_eager_pytorch_is(
     assert alone == [graph], "locks cannot be captured"
 
 
-@pytest.mark.usefixtures("gpu")
-def test_a_package_for_another_gpu_or_for_the_processor_is_told_apart(package: Path) -> None:
+def test_a_package_for_another_gpu_or_for_the_processor_is_told_apart(package: Path, gpu: FalseGpu) -> None:
     with Aoti(package) as found:
         assert found.device == "cpu", "a GPU that is there changes nothing for a package for the processor"
+        assert not gpu.log
     with pytest.raises(UnavailableError, match="no CUDA graphs"):
         Aoti(package, Settings(cuda_graph=True))
     for_gpu(package, compute_capability="8.6")

@@ -10,7 +10,7 @@ import pytest
 import typer.main
 
 import replk_deploy
-from replk_deploy import cli, pipeline, selftest
+from replk_deploy import cli, doctor, pipeline, selftest
 
 PACKAGE = Path(replk_deploy.__file__).parent
 ROOT = PACKAGE.parent
@@ -205,7 +205,21 @@ COMMANDS = sorted(c.name or c.callback.__name__ for c in cli.app.registered_comm
 
 
 def test_the_commands_are_those_that_are_promised() -> None:
-    assert COMMANDS == ["bench", "deploy", "export", "fuse", "inspect", "selftest", "verify"]
+    assert [
+        *(
+            "bench",
+            "build",
+            "compare",
+            "deploy",
+            "doctor",
+            "export",
+            "fuse",
+            "inspect",
+            "profile",
+            "selftest",
+            "verify",
+        ),
+    ] == COMMANDS
     assert set(COMMANDS) == set(typer.main.get_command(cli.app).commands)
 
 
@@ -214,7 +228,7 @@ TESTED_IN = {"inspect": "inspect", "deploy": "pipeline", "selftest": "sabotage"}
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_has_its_function_its_page_and_its_tests(command: str) -> None:
-    home = selftest if command == "selftest" else pipeline
+    home = {"selftest": selftest, "doctor": doctor}.get(command, pipeline)
     function = getattr(home, command)
     assert inspect.isfunction(function)
     assert function.__module__.startswith(home.__name__)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from replk_deploy import backends, bench
+from replk_deploy.backends import cuda
 from replk_deploy.backends.base import Array, Backend, Engine, Settings
 from replk_deploy.errors import ContractError, Exit, ReplkError, UnavailableError
 from replk_deploy.precision import TOLERANCES, Precision
@@ -207,6 +208,12 @@ def test_a_file_that_cannot_be_taken_is_refused_with_a_remedy(
 
 
 @pytest.fixture
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the machine be one without a GPU."""
+    monkeypatch.setattr(cuda, "available", lambda: False)
+
+
+@pytest.fixture
 def _forgetful() -> Iterator[None]:
     """Make Dynamo forget the frames that a test has made it skip."""
     yield
@@ -246,6 +253,7 @@ def test_a_compiler_that_fails_is_said_though_errors_are_suppressed(
         found.run(images(1))
 
 
+@pytest.mark.usefixtures("_no_gpu")
 def test_torch_compile_without_a_compiler_says_what_to_install() -> None:
     found = backends.find("torch-compile")
     words = pytest.raises(UnavailableError, match=r"apt-get install g\+\+")
@@ -282,6 +290,7 @@ def test_the_faster_layout_is_kept_and_a_hopeless_one_given_up() -> None:
     assert model.now < 300  # not ten hundred seconds, thrice
 
 
+@pytest.mark.usefixtures("_no_gpu")
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("name", ["torch", "torch-compile"])
 def test_a_layout_that_is_asked_for_is_not_measured(name: str, layout: str, files: Files) -> None:
@@ -294,6 +303,7 @@ def test_a_layout_that_is_asked_for_is_not_measured(name: str, layout: str, file
             assert found.facts["layout_optimization"] == {"nchw": "off", "nhwc": "forced"}[layout]
 
 
+@pytest.mark.usefixtures("_no_gpu")
 def test_the_layers_of_eager_pytorch_are_its_modules(files: Files) -> None:
     with files.opened("torch", "fp32") as found:
         layers = found.layer_times(images(2), repeats=3)
@@ -349,6 +359,7 @@ def test_a_module_that_runs_twice_counts_once_with_the_sum(monkeypatch: pytest.M
     ]
 
 
+@pytest.mark.usefixtures("_no_gpu")
 def test_the_weights_held_are_told(files: Files) -> None:
     bytes_held = sum(p.numel() for p in artefacts.network().parameters()) * 4
     with files.opened("torch", "fp32") as found:

@@ -160,7 +160,7 @@ def test_a_weights_file_runs_on_torch(opened: Opened, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "batch"),
-    [(CONVNEXT, DYNAMIC), pytest.param(SWIN, Batch(min=1, opt=1, max=1), marks=pytest.mark.slow)],
+    [("timm:convnext_atto", DYNAMIC), pytest.param(SWIN, Batch(min=1, opt=1, max=1), marks=pytest.mark.slow)],
 )
 def test_an_exported_file_answers_as_float64_does_and_another_network_s_does_not(
     name: str, batch: Batch, opened: Opened, tmp_path: Path

@@ -9,7 +9,7 @@ from torch import Tensor
 from replk_deploy.bisect import HEAD, Bisection, BlockAnswer, BlockError, bisect, blocks_of
 from replk_deploy.fuse import fuse
 from replk_deploy.models.base import Network
-from replk_deploy.precision import ALGEBRA, FLOOR
+from replk_deploy.precision import ALGEBRA, TOLERANCES
 from replk_deploy.proof import cast
 from tests import networks
 
@@ -71,7 +71,7 @@ def test_a_float32_candidate_is_held_to_ten_times_what_float32_costs(reference: 
     eager, candidate = blocks_of(cast(reference, LOW)), fused(reference, LOW)
     clean = bisect(reference, blocks_of(candidate), noise(), eager=eager)
     assert clean.culprit is None
-    assert all(10 * FLOOR <= b.limit < 1e-4 for b in clean.blocks)
+    assert all(10 * TOLERANCES["fp32"].floor <= b.limit < 1e-4 for b in clean.blocks)
     perturb(candidate, name, 0.1)
     found = bisect(reference, blocks_of(candidate), noise(), eager=eager)
     assert [b.block for b in found.blocks if not b.rel_l2 <= b.limit] == [block]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from replk_deploy import __version__, pipeline, proof, render
 from replk_deploy.cli import app
-from replk_deploy.errors import ContractError
+from replk_deploy.errors import ContractError, Exit
 from replk_deploy.models import reparam
 from replk_deploy.models.replknet import RepLKGeometry
 from tests import networks
@@ -89,7 +89,7 @@ def test_the_three_lines_of_the_first_page_work(typed: tuple[Path, list[subproce
         assert "Warning" not in done.stderr
         assert done.stderr.replace("·", "").strip(), "progress is told on stderr"
     assert "stages" not in fused.stdout
-    assert re.search(r"ort-cpu +│ +1 +│ +[\d.]+", timed.stdout)
+    assert re.search(r"ort-cpu b1 +│ +[\d.]+", timed.stdout)
     names = {p.name for p in folder.rglob("*") if p.is_file()}
     assert {"latest", "manifest.json", "fused.safetensors", "model.fp32.onnx", "bench.json"} <= names
     assert not [n for n in names if n.endswith(".part")]
@@ -129,6 +129,35 @@ def test_a_reader_that_leaves_early_sees_no_traceback(typed: tuple[Path, list]) 
     assert done.stdout.startswith("RepLKNet-test")
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize("target", ["ckpt.pth", "out", "report.txt"])
+def test_a_record_is_never_written_over_something_else(folder: Path, target: str) -> None:
+    before = (folder / "ckpt.pth").read_bytes()
+    done = ask("inspect", "ckpt.pth", "--json", target)
+    assert done.exit_code == Exit.USAGE
+    assert (folder / "ckpt.pth").read_bytes() == before
+    assert not (folder / "report.txt").exists()
+
+
+def test_a_request_to_end_is_an_interrupt_that_leaves_nothing(tmp_path: Path) -> None:
+    ckpt = networks.save_as_trained(networks.trained(TINY), tmp_path / "ckpt.pth")
+    code = (
+        "import os, signal\nfrom replk_deploy import cli, proof\n"
+        "proof.prove_fusion = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM) or __import__('time').sleep(9)\n"
+        "import sys; sys.argv = ['replk', 'fuse', 'ckpt.pth', '-o', 'out.safetensors']; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == Exit.INTERRUPTED, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [ckpt.name]
 
 
 def test_an_interrupt_is_130_and_leaves_nothing(in_empty_folder: Path, ckpt: Path, monkeypatch) -> None:
@@ -186,7 +215,7 @@ def test_without_a_command_there_is_help_and_version_is_one_line() -> None:
         (("fuse", "ckpt.pth", "-o", "f.safetensors"), "replk.fused/1"),
         (("export", "-o", "w.safetensors", "--precision", "fp16"), "replk.exported/1"),
         (("verify", "ckpt.pth", "ckpt.pth"), "replk.proof/1"),
-        (("bench", "--backend", "ort-cpu", "--max-seconds", "0.01"), "replk.bench/1"),
+        (("bench", "--backend", "ort-cpu", "--max-seconds", "0.01"), "replk.bench/2"),
     ],
 )
 def test_json_on_stdout_is_one_document_and_the_verdict_stands_beside(
@@ -231,7 +260,7 @@ def test_another_network_is_3(folder: Path) -> None:
     (model,) = folder.rglob("model.fp32.onnx")
     done = ask("verify", "other.pth", str(model))
     assert done.exit_code == 3
-    assert re.fullmatch(r"FAIL verify model\.fp32\.onnx · worst [\d.]+ of allowance", last(done.stdout))
+    assert re.fullmatch(r"FAIL verify other\.pth and model\.fp32\.onnx · worst [\d.]+ of allowance", last(done.stdout))
 
 
 @pytest.mark.usefixtures("folder")
@@ -363,7 +392,7 @@ def test_a_missing_checkpoint_and_a_foreign_safetensors_are_2() -> None:
         (("export", "--onnx", "--size", "3"), "too small"),
         (("fuse", "ckpt.pth", "--size", "-8"), "is not a size"),
         (("fuse", "ckpt.pth", "-o", "x.bin"), "no known ending"),
-        (("export", "--precision", "int8"), "choose from fp32, fp16, bf16"),
+        (("export", "--precision", "int8"), "choose from fp32, tf32, fp16, bf16"),
         (("export", "--onnx", "--batch", "0"), "is not a batch"),
         (("export", "--onnx", "--batch", "8:1"), "is not a batch"),
         (("export", "--onnx", "--batch", "1:2:3:4"), "is not a batch"),
@@ -376,7 +405,7 @@ def test_a_missing_checkpoint_and_a_foreign_safetensors_are_2() -> None:
         (("bench", "--backend", "ort-cpu", "--batch", "0"), "give 1 or more"),
         (("bench", "--backend", "ort-cpu", "--batch", "-2"), "give 1 or more"),
         (("deploy", "ckpt.pth", "--bench-batch", "0"), "give 1 or more"),
-        (("deploy", "ckpt.pth", "--precision", "fp8"), "choose from fp32, fp16, bf16"),
+        (("deploy", "ckpt.pth", "--precision", "fp8"), "choose from fp32, tf32, fp16, bf16"),
         (("deploy", "ckpt.pth", "--data", "nowhere.npz"), "nowhere.npz"),
     ],
 )

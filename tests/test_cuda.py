@@ -43,6 +43,16 @@ def switches() -> dict[str, bool]:
     }
 
 
+@pytest.fixture
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(cuda, "available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", absent)
+
+
+@pytest.mark.usefixtures("_no_gpu")
 def test_without_a_gpu_the_processor_is_chosen_and_a_gpu_refused_in_pytorchs_words() -> None:
     assert cuda.choose(Settings(), "torch") == cuda.choose(Settings(device="cpu"), "torch") == "cpu"
     for settings, words in (
@@ -273,6 +283,7 @@ def test_a_triton_that_cannot_compile_here_is_refused(monkeypatch: pytest.Monkey
     assert compiler.of("cuda", "torch.compile") == {"triton": "3.7"}
 
 
+@pytest.mark.usefixtures("_no_gpu")
 @pytest.mark.parametrize("name", ["torch", "torch-compile"])
 def test_a_gpu_that_is_asked_for_and_missing_is_no_run_on_the_processor(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match=f"{name} needs an NVIDIA GPU"):

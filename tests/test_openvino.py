@@ -1,5 +1,8 @@
 """OpenVINO: the precision in force, the words of its refusals, its layers."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +167,25 @@ def test_launches_do_not_share_their_memory(files: Files) -> None:
             launch.wait()
         assert artefacts.error({"logits": first.answer(0)}) < artefacts.usual_error("fp32")
         assert not np.allclose(first.answer(0), second.answer(0))
+
+
+QUIET = """
+import sys
+from pathlib import Path
+from replk_deploy.backends.openvino import OpenVino
+with OpenVino(Path(sys.argv[1])) as found:
+    assert found.facts["openvino"]
+import openvino.tools.ovc
+assert openvino.tools.ovc.telemetry_utils.tm.__name__ == "openvino.tools.ovc.telemetry_stub"
+assert sys.modules["openvino_telemetry"] is None
+"""
+
+
+def test_nothing_is_reported_to_anybody_and_no_identifier_is_kept(files: Files, tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "CI": "", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", QUIET, files.file("onnx", "fp32")]
+    subprocess.run(command, check=True, env=environment, timeout=120)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_registry_knows_it() -> None:

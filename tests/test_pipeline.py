@@ -15,6 +15,7 @@ from replk_deploy import export as exporting
 from replk_deploy import files, graph, pipeline, proof, weights
 from replk_deploy import fuse as fusing
 from replk_deploy.backends.ort import OrtCpu
+from replk_deploy.backends.torch import Torch
 from replk_deploy.batch import Batch
 from replk_deploy.errors import Exit, IntegrityError, MismatchError, ReplkError, UnavailableError
 from replk_deploy.models import reparam
@@ -78,7 +79,7 @@ def unverified(tmp_path_factory: pytest.TempPathFactory, ckpt: Path) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def images(count: int = 3, seed: int = 0) -> torch.Tensor:
@@ -210,7 +211,7 @@ def test_fusing_a_proved_merged_file_to_the_end_is_proved(tmp_path: Path, ckpt: 
 def test_an_unknown_ending_is_refused_before_anything_is_written(
     in_empty_folder: Path, ckpt: Path, output: str
 ) -> None:
-    with pytest.raises(ReplkError, match="no known ending"):
+    with pytest.raises(ReplkError, match=r"no known ending|does not end in"):
         pipeline.fuse(ckpt, output=Path(output))
     assert names(in_empty_folder) == set()
 
@@ -448,7 +449,7 @@ def test_bfloat16_is_provisional_and_not_timed_without_consent(run: Path) -> Non
     ("onnx_", "output"), [(True, "m.safetensors"), (True, "m"), (False, "m.onnx"), (False, "m.pth")]
 )
 def test_the_ending_says_what_is_written(run: Path, in_empty_folder: Path, onnx_: bool, output: str) -> None:  # noqa: FBT001
-    with pytest.raises(ReplkError, match="no known ending"):
+    with pytest.raises(ReplkError, match=r"no known ending|does not end in"):
         pipeline.export(run, onnx=onnx_, output=Path(output))
     assert not (in_empty_folder / output).exists()
     assert not list(in_empty_folder.rglob("*.part"))
@@ -514,7 +515,7 @@ def test_a_run_is_timed_on_what_each_backend_starts_from(run: Path) -> None:
     assert timed.artefacts == {"torch": "fused.safetensors", "ort-cpu": "model.fp32.onnx"}
     assert [(r.backend, r.batch) for r in timed.bench.rows] == [(b, n) for b in ("torch", "ort-cpu") for n in (1, 3)]
     assert {n: a.passed for n, a in timed.agreements.items()} == {"torch": True, "ort-cpu": True}
-    assert json.loads((run / "results" / "bench.json").read_text())["schema"] == "replk.bench/1"
+    assert json.loads((run / "results" / "bench.json").read_text())["schema"] == "replk.bench/2"
 
 
 def test_a_missing_export_is_built_proved_and_entered(run: Path) -> None:
@@ -535,6 +536,70 @@ def test_a_backend_that_answers_wrongly_is_not_timed(run: Path, monkeypatch: pyt
     with pytest.raises(MismatchError, match="ort-cpu answers wrongly: normal"):
         pipeline.bench(run, backends=("ort-cpu",), max_seconds=0.01)
     assert names(run) == before
+
+
+def test_a_wrong_answer_ends_a_deploy_as_rejected(
+    copied: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, root, folder = copied
+    honest = Torch._run
+    monkeypatch.setattr(Torch, "_run", lambda self, x: {k: v[:, ::-1] for k, v in honest(self, x).items()})
+    with pytest.raises(MismatchError, match="torch answers wrongly"):
+        deploy(path, root, backends=("torch",))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["state"] == "rejected"
+    assert "torch answers wrongly" in report["problem"]
+    assert "rejected" in (folder / "report.md").read_text().splitlines()[0]
+
+
+def test_the_file_that_takes_the_batch_comes_before_a_newer_one_that_does_not(run: Path) -> None:
+    pipeline.export(run, precision="fp16", batch=ONE)
+    for batch, file in ((1, "model.fp16.onnx"), (3, "model.fp32.onnx")):
+        timed = pipeline.bench(run, backends=("ort-cpu",), batches=(batch,), max_seconds=0.01)
+        assert timed.artefacts == {"ort-cpu": file}
+        assert timed.bench.rows[0].facts["sha256"] == files.sha256(run / file)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_file_with_the_preprocessing_inside_goes_all_the_way(run: Path, ckpt: Path, precision: str) -> None:
+    made = pipeline.export(run, precision=precision, embed=True, batch=Batch(min=2, opt=2, max=2))
+    assert made.verdict.state == "pass"
+    assert pipeline.verify(ckpt, made.file).state == "pass"
+    timed = pipeline.bench(run, backends=("ort-cpu",), batches=(2,), precision=precision, max_seconds=0.01)
+    assert timed.agreements["ort-cpu"].passed
+
+
+def test_nothing_is_written_over_what_a_run_vouches_for(run: Path) -> None:
+    before = {name: files.sha256(run / name) for name in names(run)}
+    for output, onnx_ in ((run / "fused.safetensors", False), (run / "model.fp32.onnx", True)):
+        for artefact in (None, run, run / "fused.safetensors"):
+            with pytest.raises(ReplkError, match=r"belongs to the run|is the file to start from"):
+                pipeline.export(artefact, onnx=onnx_, output=output, prove=False, root=run.parent)
+    assert before == {name: files.sha256(run / name) for name in names(run)}
+
+
+def test_an_unproved_export_leaves_the_proved_fusion_in_place(run: Path, ckpt: Path) -> None:
+    before = files.sha256(run / "fused.safetensors")
+    assert pipeline.export(ckpt, prove=False, root=run.parent).verdict.state == "unverified"
+    assert files.sha256(run / "fused.safetensors") == before
+
+
+def test_a_merged_run_cannot_be_exported_and_says_what_to_do(tmp_path: Path, ckpt: Path) -> None:
+    pipeline.fuse(ckpt, level="merge", prove=False, root=tmp_path)
+    with pytest.raises(ReplkError, match=r"has no fused\.safetensors") as caught:
+        pipeline.export(root=tmp_path)
+    assert (caught.value.code, caught.value.remedy) == (
+        Exit.USAGE,
+        "fuse to the end: replk fuse CHECKPOINT --level full",
+    )
+
+
+def test_tf32_is_exact_where_it_does_not_exist(run: Path, ckpt: Path) -> None:
+    made = pipeline.export(run, precision="tf32", batch=ONE)
+    assert made.verdict.state == "pass"
+    assert made.proof.agreements[0].precision == "fp32"
+    assert graph.header(made.file).precision == "tf32"
+    assert pipeline.verify(ckpt, made.file).agreements[0].rel_l2 < 1e-4
 
 
 def test_an_altered_artefact_is_never_opened(run: Path) -> None:

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from replk_deploy.precision import ALGEBRA, FLOOR, PRECISIONS, TOLERANCES, Precision, algebra_gate
+from replk_deploy.precision import ALGEBRA, PRECISIONS, TOLERANCES, Precision, algebra_gate
 
 
 def test_every_precision_has_a_row_and_no_row_is_spare() -> None:
@@ -19,10 +19,16 @@ def test_every_precision_has_a_row_and_no_row_is_spare() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_row_names_types_that_exist_and_agree(precision: Precision) -> None:
     row = TOLERANCES[precision]
-    widths = {"fp32": (torch.float32, 24), "tf32": (torch.float32, 24), "fp16": (torch.float16, 11), "bf16": (torch.bfloat16, 8)}
+    widths = {
+        "fp32": (torch.float32, 24),
+        "tf32": (torch.float32, 24),
+        "fp16": (torch.float16, 11),
+        "bf16": (torch.bfloat16, 8),
+    }
     dtype, mantissa = widths[precision]
     assert row.torch_dtype == dtype
     assert torch.finfo(dtype).eps == 2.0 ** (1 - mantissa)
+    assert row.floor == pytest.approx(2.0**-10 if precision == "tf32" else torch.finfo(dtype).eps, rel=0.2)
     assert onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.DataType.Value(row.onnx)).itemsize == dtype.itemsize
     assert row.opset == (22 if precision == "bf16" else 20)  # Conv takes bfloat16 from 22 on
 
@@ -31,7 +37,7 @@ def test_a_row_names_types_that_exist_and_agree(precision: Precision) -> None:
 def test_bounds_lie_in_the_only_order_that_makes_sense(precision: Precision) -> None:
     """A correct network must fit below the limit, and the limit below what says nothing any more."""
     row = TOLERANCES[precision]
-    assert ALGEBRA < FLOOR < row.typical < row.limit < 1
+    assert ALGEBRA < row.floor < row.typical < row.limit < 1
     assert 1 < row.factor <= 10
     assert row.factor * row.typical < 0.1
 

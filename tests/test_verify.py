@@ -12,7 +12,7 @@ from replk_deploy import verify
 from replk_deploy.backends.base import Backend, TensorSpec
 from replk_deploy.batch import Batch
 from replk_deploy.errors import ContractError, Exit, InconclusiveError, MismatchError
-from replk_deploy.precision import FLOOR, PRECISIONS, TOLERANCES, Precision
+from replk_deploy.precision import PRECISIONS, TOLERANCES, Precision
 from replk_deploy.verify import Agreement, Array, Bound, Probe
 
 LIMIT = 1e-3
@@ -342,7 +342,7 @@ def test_the_bound_is_what_the_precision_costs_here_times_a_factor(precision: Pr
     assert bound.eager["logits"] == pytest.approx(own, rel=1e-6)
     assert bound.rel_l2["logits"] == pytest.approx(row.factor * own, rel=1e-6)
     exact = verify.calibrate(expected, answer, images, precision, limit=True)
-    assert exact.rel_l2["logits"] == row.factor * FLOOR
+    assert exact.rel_l2["logits"] == row.factor * row.floor
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

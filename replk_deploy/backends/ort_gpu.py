@@ -14,7 +14,7 @@ import ctypes
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 from replk_deploy import machine, optional
 from replk_deploy.backends import cuda, ports
@@ -41,6 +41,7 @@ class OrtGpu(OrtRuntime):
     """What the two providers share: the checks, the stream, the memory that inputs and outputs are bound to."""
 
     honours: ClassVar[frozenset[str]] = frozenset({"cuda_graph"})
+    device: Literal["cpu", "cuda"] = "cuda"
     libraries: ClassVar[tuple[str, ...]]  # of ONNX Runtime, by the end of their names
     lacking: ClassVar[str]  # what to install when one does not load
 
@@ -82,7 +83,6 @@ class OrtGpu(OrtRuntime):
             UnavailableError: this machine lacks what the provider needs, or the provider cannot do all of it.
         """
         facts = dict(self.probe())
-        self.device = "cuda"
         self._graphs, self._ids = settings.cuda_graph, itertools.count(1)
         self._stream = cuda.stream()
         said, batch = ports.of_file(artefact)

@@ -40,9 +40,13 @@ class Geometry(Protocol):
 
 
 class Network(nn.Module, abc.ABC):
-    """A network in one of three forms: training, merged (BatchNorm left), folded (none left)."""
+    """A network in one of three forms: training, merged (BatchNorm left), folded (none left).
+
+    `exact_gelu` says that its GELU is the erf form, which no export may replace by the tanh form.
+    """
 
     family: ClassVar[str]
+    exact_gelu: ClassVar[bool] = True
     geometry: Any
     form: Form
 

@@ -73,6 +73,7 @@ class Timm(Network):
     """A timm network; it has one form only, and what it merges or folds itself is timm's business."""
 
     family: ClassVar[str] = SOURCE
+    exact_gelu: ClassVar[bool] = False
 
     def __init__(self, geometry: TimmGeometry, form: Form) -> None:
         super().__init__()

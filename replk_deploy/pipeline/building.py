@@ -104,6 +104,8 @@ def build_file(
     if final.suffix != kind.suffix:
         raise ReplkError(f"{final} has no known ending", f"end it in {kind.suffix}")
     entries.spare(source, final)
+    if output:
+        entries.spare_runs(output)
     with files.staged(final) as part:
         made = construction.build(source, part, kind, recipe=recipe, refit=refit, progress=progress)
         sidecar.write(part, made.sidecar)

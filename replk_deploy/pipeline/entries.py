@@ -10,9 +10,13 @@ from replk_deploy.workspace import Workspace
 
 
 def spare(source: Path, output: Path) -> None:
-    """Refuse to write a result over what it is made from, or over what a run vouches for."""
+    """Refuse to write a result over what it is made from."""
     if output.exists() and output.samefile(source):
         raise ReplkError(f"{output} is the file to start from", "name another file with -o")
+
+
+def spare_runs(output: Path) -> None:
+    """Refuse a place that was asked for where it would replace what a run vouches for."""
     for folder in output.absolute().parents[:2]:  # engines lie one folder down
         name = output.absolute().relative_to(folder).as_posix()
         if (folder / "manifest.json").is_file() and Workspace.open(folder).entry(name):

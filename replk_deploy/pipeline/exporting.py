@@ -57,11 +57,11 @@ def export(
         raise ReplkError(
             f"{output} does not end in {ending}", f"{'leave out' if onnx else 'add'} --onnx, or name a {ending} file"
         )
+    if output:
+        entries.spare_runs(output)
     if artefact is None or artefact.is_dir():
         latest = Workspace.latest(root) if artefact is None else Workspace.open(artefact)
         run: Workspace | None = latest
-        if output:
-            entries.spare(latest.path(FUSED), output)
         fused = fusing.reopen(sources.fused_of(latest), prove=prove)
     else:
         loaded = sources.load_either(artefact, source, head)

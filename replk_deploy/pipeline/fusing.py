@@ -74,6 +74,8 @@ def fuse_loaded(
     if final.suffix not in {".safetensors", ".pth"}:
         raise ReplkError(f"{final} has no known ending", "end it in .safetensors, or .pth for the reference code")
     entries.spare(loaded.path, final)
+    if output:
+        entries.spare_runs(output)
     result = fusing.fuse(loaded.model, level=level, progress=progress)
     oracle = Oracle(loaded.model, loaded.sha256)
     same = loaded.metadata if not result.changed and size in {None, loaded.preprocessing.size} else None
