@@ -140,7 +140,7 @@ def measure(
 
     Raises:
         ReplkError: no contestant, two alike, or a baseline that is not among them; the last failure when
-            all have failed.
+            none has finished a round.
     """
     chosen = _chosen(contestants, baseline, baseline_model)
     demand(percentiles, max_seconds)
@@ -196,7 +196,7 @@ def _race(
     """Warm up, run rounds until all have settled or the time is up, then fill the queues.
 
     Raises:
-        ReplkError: the last failure, when every contestant has failed.
+        ReplkError: the last failure, when no contestant has finished a round.
     """
     running, fallen = list(lanes), list[ReplkError]()
 
@@ -224,7 +224,7 @@ def _race(
         progress("bench", done, None)
         if all(lane.settled for lane in running) or clock() - start + longest > limit_ns:
             break
-    if not running:
+    if not any(lane.rounds for lane in lanes):
         raise fallen[-1]
     queueing = [lane for lane in running if lane.queues]
     for done, lane in enumerate(queueing, start=1):

@@ -8,13 +8,11 @@ from typing import ClassVar
 
 from replk_deploy import files, graph, records, weights
 from replk_deploy.backends.base import Engine, Made, Recipe
-from replk_deploy.backends.sidecar import Sidecar
+from replk_deploy.backends.sidecar import UNJUDGED, Sidecar
 from replk_deploy.errors import ReplkError, UnavailableError
-from replk_deploy.metadata import Metadata, Verdict
+from replk_deploy.metadata import Metadata
 from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
-
-UNJUDGED = Verdict(state="unverified", content="", reference="", worst=None, why="not verified")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

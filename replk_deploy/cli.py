@@ -310,7 +310,7 @@ def bench(
     if failed:
         last += f" · {failed} rows failed"
     state = "error" if failed else "unverified" if timed.unverified else "pass"
-    if state == "pass" and unstable and require_stable:
+    if state in {"pass", "unverified"} and unstable and require_stable:
         state = "inconclusive"
     render.show(timed.bench, lambda: render.latency(timed), last, state, as_json=as_json)
     raise typer.Exit({"error": Exit.UNAVAILABLE, "inconclusive": Exit.INCONCLUSIVE}.get(state, Exit.OK))
@@ -331,7 +331,8 @@ def compare(
     from replk_deploy import pipeline
 
     found = pipeline.compare(base, new, max_regress=options.share_of(max_regress))
-    state = "regression" if found.regressed else "inconclusive" if require_stable and found.ambiguous else "pass"
+    unsure = (require_stable and found.ambiguous) or (max_regress is not None and found.only_in_base)
+    state = "regression" if found.regressed else "inconclusive" if unsure else "pass"
     last = f"compare {', '.join(f'{row.name} {row.word} {row.ratio:.3f}' for row in found.rows)}"
     render.show(found, lambda: render.comparison(found), last, state, as_json=as_json)
     raise typer.Exit({"regression": Exit.REGRESSION, "inconclusive": Exit.INCONCLUSIVE}.get(state, Exit.OK))

@@ -379,10 +379,18 @@ def prove_graphs(reference: Path, candidate: Path, *, progress: Progress = silen
     return _by_graph("verify", agreement)
 
 
-def prove_by_graph(reference: Path, backend: Backend, metadata: Metadata | None, *, edge: str = "build") -> Proof:
+def prove_by_graph(
+    reference: Path,
+    backend: Backend,
+    metadata: Metadata | None,
+    *,
+    edge: str = "build",
+    batches: Sequence[int] = (),
+) -> Proof:
     """Judge an open backend by an ONNX file on ONNX Runtime's CPU provider; a pass is provisional."""
+    precision = on_cpu(backend.precision) if backend.device == "cpu" else backend.precision
     with open_onnx(reference, backend.precision) as first:
-        return _by_graph(edge, _judge_by_graph(first, backend, metadata, backend.precision))
+        return _by_graph(edge, _judge_by_graph(first, backend, metadata, precision, batches))
 
 
 def _by_graph(edge: str, agreement: Agreement) -> Proof:
@@ -390,7 +398,11 @@ def _by_graph(edge: str, agreement: Agreement) -> Proof:
 
 
 def _judge_by_graph(
-    reference: Backend, candidate: Backend, metadata: Metadata | None, precision: Precision
+    reference: Backend,
+    candidate: Backend,
+    metadata: Metadata | None,
+    precision: Precision,
+    batches: Sequence[int] = (),
 ) -> Agreement:
     probe = probe_for(reference, metadata)
     expected = {name: np.asarray(out, np.float64) for name, out in verify.any_batch(reference)(probe.images).items()}
@@ -399,7 +411,14 @@ def _judge_by_graph(
     row = TOLERANCES[precision]
     bound = verify.fixed(expected, row.factor * row.typical, f"{row.factor:g} x the usual {precision} error")
     agreement = verify.verify(
-        expected, verify.any_batch(candidate), probe, bound=bound, name="graphs", precision=precision, doubt=NO_FLOAT64
+        expected,
+        verify.any_batch(candidate),
+        probe,
+        bound=bound,
+        name="graphs",
+        precision=precision,
+        sizes=sorted({*_sizes(candidate, metadata), *batches}),
+        doubt=NO_FLOAT64,
     )
     return dataclasses.replace(agreement, against="the reference graph")
 
@@ -414,6 +433,7 @@ def judge_backend(
     probe: Probe | None = None,
     limit: bool = True,
     sizes: Sequence[int] | None = None,
+    batches: Sequence[int] = (),
     preprocessing: Preprocessing | None = None,
 ) -> Agreement:
     """Judge an open backend by the float64 network.
@@ -427,6 +447,7 @@ def judge_backend(
         probe: the images; by default two at the artefact's own size.
         limit: whether to refuse a network that does not survive the precision.
         sizes: batches in which the images are judged once more; by default those that the artefact is for.
+        batches: more of them: those that will be timed.
         preprocessing: what pixels go through on the reference's side; by default what `metadata` says.
     """
     twin = precision == "bf16" != backend.precision
@@ -452,7 +473,7 @@ def judge_backend(
         bound=bound,
         name=name,
         precision=precision,
-        sizes=_sizes(backend, metadata) if sizes is None else sizes,
+        sizes=sorted({*(_sizes(backend, metadata) if sizes is None else sizes), *batches}),
         doubt=NO_BF16 if twin else "",
     )
 

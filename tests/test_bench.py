@@ -533,10 +533,16 @@ def test_who_fails_before_the_end_of_the_first_round_has_no_row(after: int) -> N
     assert result.rows[0].ratio is None
 
 
-@pytest.mark.parametrize(("early", "late"), [(0, 3), (0, 300), (WARM + 5, WARM + 3)])
+@pytest.mark.parametrize(("early", "late"), [(0, 3), (WARM + 5, WARM + 3)])
 def test_when_all_have_failed_the_last_failure_is_raised(early: int, late: int) -> None:
     with pytest.raises(UnavailableError, match=f"GPU lost after {late} "):
         race({"a": failing(early), "b": failing(late)})
+
+
+def test_what_was_finished_before_all_failed_is_kept() -> None:
+    result = race({"a": failing(0), "b": failing(WARM + 4 * (RE_WARM + BLOCK))})
+    assert [(row.name, row.rounds) for row in result.rows] == [("b b1", 2)]
+    assert set(result.failures) == {"a b1", "b b1"}
 
 
 def test_what_is_no_error_of_ours_is_not_swallowed() -> None:

@@ -108,7 +108,7 @@ def test_an_engine_in_a_run_is_judged_entered_and_described(run: Path) -> None:
     made = build(run)
     assert (made.file, made.verdict.state) == (run / NAME / "model.fp32.copy", "pass")
     said = sidecar.read(made.file)
-    assert (said.sha256, said.verdict.content) == (files.sha256(made.file),) * 2
+    assert (said.sha256, said.verdict.content) == (files.sha256(made.file), sidecar.content(said))
     assert (said.source, said.source_sha256) == ("model.fp32.onnx", files.sha256(run / "model.fp32.onnx"))
     assert said.header.preprocessing.size == (32, 32)
     assert json.loads(sidecar.place(made.file).read_text())["schema"] == "replk.engine/1"
@@ -144,7 +144,21 @@ def test_an_engine_of_another_version_is_refused_with_the_way_out(run: Path, mon
     assert caught.value.remedy == "build it here: replk build model.fp32.onnx --backend copier"
 
 
-@pytest.mark.parametrize("what", ["engine", "verdict", "no sidecar", "other engine", "not json", "newer"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "engine",
+        "verdict",
+        "no sidecar",
+        "other engine",
+        "not json",
+        "newer",
+        "profiles",
+        "versions",
+        "precision",
+        "null",
+    ],
+)
 def test_an_engine_that_is_not_the_described_one_never_reaches_the_runtime(
     run: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +172,14 @@ def test_an_engine_that_is_not_the_described_one_never_reaches_the_runtime(
             record["verdict"] = {"state": "pass"}
         case "other engine":
             record["sha256"] = "0" * 64
+        case "profiles":
+            record["batches"] = [{"min": 1, "opt": 1, "max": 999}]
+        case "versions":
+            record["made_with"] = {}
+        case "precision":
+            record["precision"] = "bf16"
+        case "null":
+            record["made_with"] = None
         case "newer":
             record["schema"] = "replk.engine/999"
     beside.write_text("{" if what == "not json" else json.dumps(record))
@@ -230,7 +252,11 @@ def test_a_wrong_question_is_refused(run: Path) -> None:
     with pytest.raises(ReplkError, match="its own"):
         pipeline.bench(run / "model.fp32.onnx", backends=(NAME,), max_seconds=0.1)
     with pytest.raises(UnavailableError, match="cannot replace the weights"):
-        build(run, refit=build(run).file)
+        build(run, refit=build(run).file, output=run.parent / "new.copy")
+    with pytest.raises(ReplkError, match="is the file to start from"):
+        build(run, refit=run / NAME / "model.fp32.copy")
+    with pytest.raises(ReplkError, match="keeps the recipe"):
+        build(run, refit=run / NAME / "model.fp32.copy", recipe=Recipe(batches=(Batch(min=1, opt=1, max=1),)))
 
 
 def test_an_interrupted_build_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from replk_deploy import export as exporting
 from replk_deploy import files, graph, pipeline, proof, weights
 from replk_deploy import fuse as fusing
+from replk_deploy.backends import find
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.backends.torch import Torch
 from replk_deploy.batch import Batch
@@ -550,6 +551,51 @@ def test_a_wrong_answer_ends_a_deploy_as_rejected(
     assert report["state"] == "rejected"
     assert "torch answers wrongly" in report["problem"]
     assert "rejected" in (folder / "report.md").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("artefact", ["run", "file"])
+def test_an_answer_that_is_wrong_at_the_timed_batch_only_is_seen(
+    run: Path, artefact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = find("openvino")
+    honest = openvino._run
+    where = run if artefact == "run" else run / "model.fp32.onnx"
+    assert pipeline.bench(where, backends=("openvino",), batches=(12,), max_seconds=0.01).bench.rows
+
+    def spoilt(self: Any, x: Any) -> Any:
+        return {k: v * (0 if len(x) == 12 else 1) for k, v in honest(self, x).items()}
+
+    monkeypatch.setattr(openvino, "_run", spoilt)
+    with pytest.raises(MismatchError, match="answers wrongly"):
+        pipeline.bench(where, backends=("openvino",), batches=(12,), max_seconds=0.01)
+
+
+@pytest.mark.parametrize("name", ["torch", "ort-cpu", "openvino"])
+def test_a_launch_that_gives_another_answer_than_was_judged_is_not_timed(
+    run: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = find(name)
+    honest = kind.prepare
+    monkeypatch.setattr(kind, "prepare", lambda self, x: honest(self, np.zeros_like(x)))
+    with pytest.raises(MismatchError, match=f"{name} times something else than it answers"):
+        pipeline.bench(run, backends=(name,), max_seconds=0.01)
+
+
+def test_a_backend_that_fails_on_the_way_leaves_the_others_in_the_race(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise UnavailableError("the device is gone", "find it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Torch, "_run", broken)
+        timed = pipeline.bench(run, backends=("torch", "ort-cpu"), max_seconds=0.01)
+    assert [row.backend for row in timed.bench.rows] == ["ort-cpu"]
+    assert (timed.bench.baseline, timed.bench.rows[0].ratio) == ("torch", None)
+    assert "the device is gone" in timed.bench.failures["torch"]
+    monkeypatch.setattr(Torch, "_run", broken)
+    with pytest.raises(UnavailableError, match="the device is gone"):
+        pipeline.bench(run, backends=("torch",), max_seconds=0.01)
 
 
 def test_the_file_that_takes_the_batch_comes_before_a_newer_one_that_does_not(run: Path) -> None:

@@ -112,7 +112,7 @@ class Aoti(Engine):
         self._stream = cuda.stream() if self.device == "cuda" else None
         stalls = said.facts.get("onednn") == "off"
         self._around = functools.partial(_surroundings, self.device, self.precision, stalls=stalls)
-        self._loader: Any = _loaded(artefact, alone=self._graphs)
+        self._loader: Any = _loaded(artefact)
 
     def _run(self, images: Array) -> Arrays:
         launch = self._launch(images)
@@ -193,13 +193,13 @@ def _package(program: torch.export.ExportedProgram, out: Path) -> None:
         path.replace(out)
 
 
-def _loaded(artefact: Path, *, alone: bool) -> Any:
-    """Open a package; `alone` leaves out its locks, which cannot be captured in a CUDA graph."""
+def _loaded(artefact: Path) -> Any:
+    """Open a package for one thread: its locks would wait for the last inference, and cannot be captured in a graph."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder, "model.pt2")  # PyTorch wants that ending, which a file that is still judged lacks
         link.symlink_to(artefact.absolute())
         try:
-            return torch._inductor.aoti_load_package(str(link), run_single_threaded=alone).loader
+            return torch._inductor.aoti_load_package(str(link), run_single_threaded=True).loader
         except (RuntimeError, OSError) as exc:
             raise UnavailableError(
                 f"PyTorch {torch.__version__} cannot open {artefact}: {first_line(exc)}",

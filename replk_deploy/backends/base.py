@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,9 @@ class Launch(Protocol):
 
     def device_ms(self) -> float | None:
         """Return the time of the last finished inference between two events of the device; None on a CPU."""
+
+    def answers(self) -> Sequence[Array]:
+        """Return the outputs of the last finished inference, copied to the host, in the backend's order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,12 @@ is tested with a false one that lies in the processor's memory.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -212,6 +213,12 @@ class CudaLaunch:
         """Return the outputs of the last inference, once it has finished; with a graph, the next overwrites them."""
         self._demand_one()
         return self._answer
+
+    def answers(self) -> list[npt.NDArray[Any]]:
+        """Return the outputs of the last inference, copied to the host."""
+        outputs = self.answer.values() if isinstance(self.answer, Mapping) else self.answer
+        with translated("copy the answer"):
+            return [out.float().cpu().numpy() for out in outputs]
 
     def _demand_one(self) -> None:
         if not self._ran:

@@ -162,6 +162,10 @@ class _Launch:
     def device_ms(self) -> None:
         """Return None: a CPU has one clock."""
 
+    def answers(self) -> list[Array]:
+        """Return the outputs of the last inference."""
+        return [np.array(out, np.float32) for out in self._binding.copy_outputs_to_cpu()]
+
 
 def onnxruntime(extra: str = "cpu") -> ModuleType:
     """Import ONNX Runtime; UnavailableError with the line that installs the extra that brings it."""

@@ -1,7 +1,7 @@
 """ONNX Runtime on a GPU: its CUDA provider and its TensorRT provider.
 
 A node that a provider cannot take is a silent run on the CPU in ONNX Runtime, and a provider that does
-not load is a warning. So the libraries are loaded beforehand, settings are read back, and the placement
+not load is a warning. So a session of one node is opened beforehand, settings are read back, and the placement
 of each node is asked for and judged.
 
 Nothing here has been executed on a GPU yet. What is ours is tested with a false one and with ONNX
@@ -10,11 +10,12 @@ Runtime's CPU provider in the place of the GPU's: binding, placement, options, r
 
 import abc
 import contextlib
-import ctypes
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, final
+
+import onnx
 
 from replk_deploy import machine, optional
 from replk_deploy.backends import cuda, ports
@@ -25,7 +26,7 @@ from replk_deploy.backends.ort_binding import NO_CAPTURE, Bound
 from replk_deploy.backends.ports import Ports
 from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.errors import ReplkError, UnavailableError, first_line
-from replk_deploy.precision import Precision
+from replk_deploy.precision import TOLERANCES, Precision
 
 SWAP = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'replk-deploy[gpu]'"
 # What ONNX Runtime computes on the CPU to save copies: sizes, never images. Both providers have GPU kernels
@@ -42,7 +43,6 @@ class OrtGpu(OrtRuntime):
 
     honours: ClassVar[frozenset[str]] = frozenset({"cuda_graph"})
     device: Literal["cpu", "cuda"] = "cuda"
-    libraries: ClassVar[tuple[str, ...]]  # of ONNX Runtime, by the end of their names
     lacking: ClassVar[str]  # what to install when one does not load
 
     @classmethod
@@ -63,12 +63,14 @@ class OrtGpu(OrtRuntime):
             raise UnavailableError(f"onnxruntime {ort.__version__} is built without {cls.provider}", SWAP)
         cuda.demand(cls.name)
         cls._preload()
-        for library in cls.libraries:
-            for path in Path(str(ort.__file__)).parent.glob(f"capi/*{library}*"):
-                try:
-                    ctypes.CDLL(str(path))
-                except OSError as exc:
-                    raise UnavailableError(f"{cls.provider} does not load: {first_line(exc)}", cls.lacking) from exc
+        try:  # by ONNX Runtime itself: its libraries may not be opened by anybody else first
+            session = ort.InferenceSession(
+                _one_node(), session_options(ort), providers=[(cls.provider, {})], enable_fallback=0
+            )
+        except Exception as exc:  # ONNX Runtime's errors share no other base
+            raise UnavailableError(f"{cls.provider} does not load: {first_line(exc)}", cls.lacking) from exc
+        if session.get_providers()[0] != cls.provider:
+            raise UnavailableError(f"{cls.provider} does not load: ONNX Runtime fell back to the CPU", cls.lacking)
         return {"onnxruntime": ort.__version__, "provider": cls.provider, **cuda.facts()}
 
     @classmethod
@@ -170,7 +172,6 @@ class OrtCuda(OrtGpu):
     precisions: ClassVar[frozenset[Precision]] = frozenset({"fp32", "tf32", "fp16"})
     honours: ClassVar[frozenset[str]] = frozenset({"cuda_graph", "layout", "conv_search"})
     provider: ClassVar[str] = "CUDAExecutionProvider"
-    libraries: ClassVar[tuple[str, ...]] = ("providers_cuda",)
     lacking: ClassVar[str] = "pip install 'onnxruntime-gpu[cuda,cudnn]', in the CUDA version of torch"
 
     def _providers(
@@ -201,7 +202,6 @@ class OrtTrt(OrtGpu):
     name: ClassVar[str] = "ort-trt"
     precisions: ClassVar[frozenset[Precision]] = frozenset({"tf32", "fp16"})
     provider: ClassVar[str] = "TensorrtExecutionProvider"
-    libraries: ClassVar[tuple[str, ...]] = ("providers_cuda", "providers_tensorrt")
     lacking: ClassVar[str] = (
         "it needs CUDA, cuDNN and TensorRT 10: pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt<11'"
     )
@@ -240,6 +240,14 @@ class OrtTrt(OrtGpu):
             f"ONNX Runtime's TensorRT provider {why} not offered: {artefact}",
             "export it as tf32 or fp16: replk export --onnx --precision fp16; or use ort-cuda or trt",
         )
+
+
+def _one_node() -> bytes:
+    """Return the smallest network that a provider can be asked to open."""
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", ports[:1], ports[1:])
+    opset = onnx.helper.make_opsetid("", TOLERANCES["fp32"].opset)
+    return bytes(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())
 
 
 def _same(asked: str, held: str | None) -> bool:

@@ -5,17 +5,20 @@ checked before a byte of it is given to a runtime.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from replk_deploy import files, records
 from replk_deploy.backends.base import TensorSpec
 from replk_deploy.batch import Batch
 from replk_deploy.errors import IntegrityError, ReplkError
-from replk_deploy.metadata import Metadata, Verdict
-from replk_deploy.precision import Precision
+from replk_deploy.metadata import Metadata, State, Verdict
+from replk_deploy.precision import TOLERANCES, Precision
+
+UNJUDGED = Verdict(state="unverified", content="", reference="", worst=None, why="not verified")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,12 @@ class Sidecar:
         return said and dataclasses.replace(said, verdict=self.verdict)
 
 
+def content(sidecar: Sidecar) -> str:
+    """Return the SHA-256 of what the verdict of an engine speaks of: the engine, and all else in its sidecar."""
+    said = records.to_json(dataclasses.replace(sidecar, verdict=UNJUDGED))
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
 def place(engine: Path) -> Path:
     """Return where the sidecar of an engine lies."""
     return engine.with_name(f"{engine.name}.json")
@@ -83,10 +92,19 @@ def read(engine: Path) -> Sidecar:
     record = records.read(place(engine), Sidecar.KIND, Sidecar.FORMAT)
     try:
         found = _sidecar(record)
-    except (KeyError, TypeError, ValueError) as exc:
+        header = found.header
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise IntegrityError(f"{place(engine)} is damaged: {exc}", again) from exc
     if files.sha256(engine) != found.sha256:
         raise IntegrityError(f"{engine} is not the engine that its sidecar describes: its hash differs", again)
+    if found.verdict.state not in get_args(State) or found.precision not in TOLERANCES:
+        raise IntegrityError(
+            f"{place(engine)} says {found.verdict.state} and {found.precision}, which nothing is", again
+        )
+    if header and header.precision != found.precision:
+        raise IntegrityError(f"{place(engine)} says {found.precision} and {header.precision}", again)
+    if found.verdict.state == "pass" and found.verdict.content != content(found):
+        raise IntegrityError(f"{place(engine)} is not the sidecar that its verdict speaks of", again)
     return found
 
 

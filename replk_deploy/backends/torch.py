@@ -203,6 +203,10 @@ class CpuLaunch:
     def device_ms(self) -> None:
         """Return None: a CPU has one clock."""
 
+    def answers(self) -> list[Array]:
+        """Return the outputs of the last inference."""
+        return [out.float().numpy() for out in self.answer]
+
 
 class _TooSlow(Exception):  # noqa: N818  # a signal between two functions of this file
     pass

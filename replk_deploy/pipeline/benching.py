@@ -2,25 +2,29 @@
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
 
 from replk_deploy import backends as runtimes
 from replk_deploy import bench as benching
 from replk_deploy import files, records, sources
 from replk_deploy import proof as proving
-from replk_deploy.backends.base import Backend, Settings
+from replk_deploy.backends.base import Array, Backend, Launch, Settings
+from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.bench import Bench
-from replk_deploy.errors import MismatchError, ReplkError, UnavailableError
+from replk_deploy.errors import IntegrityError, MismatchError, ReplkError, UnavailableError
 from replk_deploy.lanes import Contestant
 from replk_deploy.measurement import row_name
 from replk_deploy.metadata import Metadata
 from replk_deploy.pipeline import building, racing
-from replk_deploy.precision import Precision
+from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle
 from replk_deploy.verify import Agreement
@@ -57,6 +61,17 @@ class _Runner(NamedTuple):
     metadata: Metadata | None
     oracle: Oracle | None
     verdict: Literal["pass", "unverified"]
+
+
+@dataclass
+class _Found:
+    """What could be entered into the race so far, and what could not."""
+
+    contestants: list[Contestant] = field(default_factory=list)
+    timed: list[tuple[Contestant, Backend, Array]] = field(default_factory=list)
+    agreements: dict[str, Agreement] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    last: ReplkError | None = None
 
 
 def bench(
@@ -102,47 +117,29 @@ def bench(
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         for baseline in baselines:
             runners += [_baseline(baseline, runner, folder, progress) for runner in own]
-        contestants: list[Contestant] = []
-        agreements: dict[str, Agreement] = {}
-        failures: dict[str, str] = {}
+        found = _Found()
         for runner in runners:
-            sha256 = files.sha256(runner.path)
-            for backend, graph, load_s in _open(opened, runner, settings, cuda_graph):
-                key = " ".join(filter(None, (runner.label, backend.name)))
-                if runner.oracle is not None and runner.metadata is not None:
-                    progress(f"verify {key}", 0, None)
-                    agreements[key] = proving.judge_backend(key, runner.oracle, backend, runner.metadata)
-                    if not agreements[key].passed:
-                        raise MismatchError(f"{key} answers wrongly: {agreements[key].sentence}", "do not deploy it")
-                facts = {"artefact": runner.path.name, "sha256": sha256, "verdict": runner.verdict}
-                if key in agreements:
-                    facts["error"] = agreements[key].sentence
-                for count in batches:
-                    images = [
-                        proving.probe_for(backend, runner.metadata, count=count, seed=n).images for n in range(ROTATE)
-                    ]
-                    try:
-                        entered = benching.enter(
-                            backend, images, model=runner.label, cuda_graph=graph, idle_ms=idle_ms, load_s=load_s
-                        )
-                    except UnavailableError as exc:
-                        name = row_name(runner.label, backend.name, count, graph if backend.device == "cuda" else None)
-                        failures[name] = str(exc)
-                        last = exc
-                    else:
-                        contestants.append(dataclasses.replace(entered, facts={**entered.facts, **facts}))
-        if not contestants:
-            raise last
+            _enter_all(found, opened, runner, settings, cuda_graph, batches, idle_ms, progress)
+        if not found.contestants:
+            raise found.last or ReplkError("there is nothing to time", "name a backend")
+        models = {contestant.model for contestant in found.contestants}
+        label = racing.label(baselines[0]) if baselines else None
         result = benching.measure(
-            contestants,
-            baseline_model=racing.label(baselines[0]) if baselines else None,
+            found.contestants,
+            baseline_model=label if label in models else None,
             max_seconds=max_seconds,
             percentiles=percentiles,
             progress=progress,
         )
+        for contestant, backend, images in found.timed:
+            if contestant.name not in result.failures:
+                _demand_same(backend, contestant.launches[0], images)
+    if (baselines and label not in models) or result.baseline != next(iter(kinds)):  # what should divide is not there
+        rows = tuple(dataclasses.replace(row, ratio=None) for row in result.rows)
+        result = dataclasses.replace(result, rows=rows, baseline=next(iter(kinds)), baseline_model=label)
     benched = Benched(
-        bench=dataclasses.replace(result, failures={**failures, **result.failures}),
-        agreements=agreements,
+        bench=dataclasses.replace(result, failures={**found.failures, **result.failures}),
+        agreements=found.agreements,
         artefacts={runner.kind.name: runner.path.name for runner in own},
         skipped={},
         unverified=tuple(runner.kind.name for runner in own if runner.verdict == "unverified"),
@@ -150,6 +147,86 @@ def bench(
     if run:
         files.write_text(run.path("results/bench.json"), records.to_json(benched.bench))
     return benched
+
+
+def _enter_all(
+    found: _Found,
+    opened: contextlib.ExitStack,
+    runner: _Runner,
+    settings: Settings,
+    cuda_graph: Graphs,
+    batches: Sequence[int],
+    idle_ms: float,
+    progress: Progress,
+) -> None:
+    """Open, judge and enter one network on one backend in all its rows; what cannot run is noted, the rest goes on.
+
+    Raises:
+        MismatchError: it answers wrongly.
+        IntegrityError: its file is not what it should be.
+    """
+    key, sha256 = " ".join(filter(None, (runner.label, runner.kind.name))), files.sha256(runner.path)
+    try:
+        for backend, graph, load_s in _open(opened, runner, settings, cuda_graph):
+            facts = {"artefact": runner.path.name, "sha256": sha256, "verdict": runner.verdict}
+            agreement = _judge(key, runner, backend, batches, progress)
+            if agreement is not None:
+                found.agreements[key] = agreement
+                facts |= {"error": agreement.sentence, "judged_by": agreement.against}
+                if not agreement.passed:
+                    raise MismatchError(f"{key} answers wrongly: {agreement.sentence}", "do not deploy it")
+            for count in batches:
+                images = [
+                    proving.probe_for(backend, runner.metadata, count=count, seed=n).images for n in range(ROTATE)
+                ]
+                try:
+                    entered = benching.enter(
+                        backend, images, model=runner.label, cuda_graph=graph, idle_ms=idle_ms, load_s=load_s
+                    )
+                    for turn in (0, -1):
+                        _demand_same(backend, entered.launches[turn], images[turn])
+                except (IntegrityError, MismatchError):
+                    raise
+                except ReplkError as exc:
+                    graphed = graph if backend.device == "cuda" else None
+                    found.failures[row_name(runner.label, backend.name, count, graphed)] = str(exc)
+                    found.last = exc
+                else:
+                    entered = dataclasses.replace(entered, facts={**entered.facts, **facts})
+                    found.contestants.append(entered)
+                    found.timed.append((entered, backend, images[0]))
+    except UnavailableError as exc:
+        found.failures[key] = str(exc)
+        found.last = exc
+
+
+def _judge(key: str, runner: _Runner, backend: Backend, batches: Sequence[int], progress: Progress) -> Agreement | None:
+    """Judge a backend by float64 where weights are at hand, else by the ONNX file on ONNX Runtime's CPU provider."""
+    by_graph = runner.path.suffix == ".onnx" and backend.name != OrtCpu.name
+    if runner.oracle is None and not by_graph:
+        return None
+    progress(f"verify {key}", 0, None)
+    if runner.oracle is not None and runner.metadata is not None:
+        return proving.judge_backend(key, runner.oracle, backend, runner.metadata, batches=batches)
+    return (
+        proving.prove_by_graph(runner.path, backend, runner.metadata, batches=batches).agreements[0]
+        if by_graph
+        else None
+    )
+
+
+def _demand_same(backend: Backend, launch: Launch, images: Array) -> None:
+    """Raise MismatchError unless a launch that will be timed gives what the judged way gives."""
+    launch.enqueue()
+    launch.wait()
+    row = TOLERANCES[backend.precision]
+    for (name, judged), timed in zip(backend.run(images).items(), launch.answers(), strict=True):
+        whole = float(np.linalg.norm(judged)) or 1.0
+        off = float(np.linalg.norm(timed - judged)) / whole if timed.shape == judged.shape else math.inf
+        if not off <= row.factor * row.typical:
+            raise MismatchError(
+                f"{backend.name} times something else than it answers: {name} is {off:.1e} off", "do not deploy it"
+            )
 
 
 def demand_batches(batches: Sequence[int]) -> None:

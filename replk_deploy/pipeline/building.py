@@ -97,6 +97,8 @@ def build_file(
 ) -> Built:
     """Build an engine from one file and judge it, by the float64 network where its weights are at hand."""
     doubt = _doubt(source, allow_unverified=allow_unverified)
+    if refit is not None and recipe.made():
+        raise ReplkError("a refitted engine keeps the recipe of the old one", "leave out all but --refit and -o")
     if refit is not None and sidecar.read(refit).backend != kind.name:
         raise ReplkError(f"{refit} was not built for {kind.name}", f"name an engine of {kind.name} with --refit")
     name = engine_name(kind, source)
@@ -104,6 +106,8 @@ def build_file(
     if final.suffix != kind.suffix:
         raise ReplkError(f"{final} has no known ending", f"end it in {kind.suffix}")
     entries.spare(source, final)
+    if refit is not None:
+        entries.spare(refit, final)
     if output:
         entries.spare_runs(output)
     with files.staged(final) as part:
@@ -114,7 +118,7 @@ def build_file(
             if prove and not made.absent:
                 proof = publish.proved("build", lambda: _judge(part, source, kind, oracle, progress))
                 proof = dataclasses.replace(proof, doubt=proof.doubt or doubt)
-            verdict = publish.judged(proof, made.sidecar.sha256, oracle.sha256 if oracle else "")
+            verdict = publish.judged(proof, sidecar.content(made.sidecar), oracle.sha256 if oracle else "")
             if proof is None and made.absent:
                 verdict = dataclasses.replace(verdict, why=f"built for an absent device: {made.absent}")
         finally:
@@ -151,7 +155,8 @@ def needed(
     if run.entry(name) and sidecar.place(run.path(name)).is_file():
         engine = run.take(name)
         said = sidecar.read(engine)
-        if said.verdict.state == "pass" and said.source_sha256 == files.sha256(source):
+        fits = all(any(b.min <= count <= b.max for b in said.batches) for count in batches) or not said.batches
+        if said.verdict.state == "pass" and said.source_sha256 == files.sha256(source) and fits:
             with contextlib.suppress(IntegrityError), kind(engine):  # another version or device: built again
                 return engine
     oracle = sources.oracle_of(run, None)

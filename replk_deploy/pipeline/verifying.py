@@ -69,5 +69,6 @@ def _engine(reference: Path, engine: Path, source: Source, head: str | None, pro
             return proving.prove_by_graph(reference, backend, said.header, edge="verify")
         loaded = sources.load_either(reference, source, head)
         progress("verify", 0, 1)
-        oracle = Oracle(loaded.model, loaded.sha256)
-        return proving.prove_backend("verify", oracle, backend, said.header, doubt=sources.doubt(loaded))
+        oracle, rules = Oracle(loaded.model, loaded.sha256), loaded.preprocessing
+        doubt = sources.doubt(loaded)
+        return proving.prove_backend("verify", oracle, backend, said.header, preprocessing=rules, doubt=doubt)
