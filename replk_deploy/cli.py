@@ -176,7 +176,7 @@ def export(
 
 @app.command()
 def verify(
-    reference: Annotated[Path, typer.Argument(help="Checkpoint, fused weights or ONNX file.")],
+    reference: Annotated[Path, typer.Argument(help="Checkpoint, fused weights, ONNX file or engine.")],
     candidate: Annotated[Path, typer.Argument(help="What is judged: likewise.")],
     *,
     weights: Weights = "model",
@@ -280,6 +280,9 @@ def bench(
     conv_search: ConvSearch = "exhaustive",
     max_seconds: Annotated[float, typer.Option(help="Cap on the timed part, per row.")] = 60.0,
     percentile: Annotated[list[int], typer.Option(help="50, 90 or 99: enough samples are taken for it.")] = [50, 90],  # noqa: B006
+    precision: Annotated[
+        str | None, typer.Option(metavar="|".join(PRECISIONS), help="Which exported file of a run; else the newest.")
+    ] = None,
     idle_ms: Annotated[float, typer.Option(help="Pause before each inference, outside the clock.")] = 0.0,
     require_stable: Annotated[bool, typer.Option("--require-stable", help="Exit 7 when a row did not settle.")] = False,
     allow_unverified: AllowUnverified = False,
@@ -300,6 +303,7 @@ def bench(
             max_seconds=max_seconds,
             percentiles=tuple(percentile),
             idle_ms=idle_ms,
+            precision=options.precision_of(precision) if precision else None,
             allow_unverified=allow_unverified,
             progress=progress,
         )
@@ -331,7 +335,8 @@ def compare(
     from replk_deploy import pipeline
 
     found = pipeline.compare(base, new, max_regress=options.share_of(max_regress))
-    unsure = (require_stable and found.ambiguous) or (max_regress is not None and found.only_in_base)
+    blind = [row.name for row in found.rows if row.interval is None]
+    unsure = (require_stable and found.ambiguous) or (max_regress is not None and (found.only_in_base or blind))
     state = "regression" if found.regressed else "inconclusive" if unsure else "pass"
     last = f"compare {', '.join(f'{row.name} {row.word} {row.ratio:.3f}' for row in found.rows)}"
     render.show(found, lambda: render.comparison(found), last, state, as_json=as_json)

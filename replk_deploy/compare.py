@@ -320,6 +320,9 @@ def _doubts(olds: Sequence[_Record], news: Sequence[_Record], common: Sequence[K
         )
     if len({record.environment.get("gpu_id") for record in (*olds, *news)}) > 1:
         yield "the GPUs are of one kind, but not one card"
+    for key in common:
+        if any(_shown(key, side).interval_ms is None for side in (olds, news)):
+            yield f"{row_name(*key)} has no interval on one side: too few rounds; raise --max-seconds"
     for side in (olds, news):
         for key in common:
             count = sum(key in record.rows for record in side)

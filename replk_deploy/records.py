@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from replk_deploy.errors import IntegrityError
+from replk_deploy.errors import IntegrityError, ReplkError
 
 
 def live(**kwargs: Any) -> Any:
@@ -54,6 +54,7 @@ def read(path: Path, kind: str, newest: int) -> dict[str, Any]:
     """Read a record of ours.
 
     Raises:
+        ReplkError: there is no such file.
         IntegrityError: not JSON, of another kind, or of a newer format than `newest`.
     """
     try:
@@ -61,7 +62,11 @@ def read(path: Path, kind: str, newest: int) -> dict[str, Any]:
         name, _, digits = str(record["schema"]).rpartition("/")
         number = int(digits)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise IntegrityError(f"{path} is not a record of replk", f"delete it and make it again: rm {path}") from exc
+        if not path.exists():
+            raise ReplkError(f"{path} does not exist", "name a record that a command wrote with --json") from exc
+        raise IntegrityError(
+            f"{path} is not a record of replk", "make it again with the command that wrote it"
+        ) from exc
     if name != f"replk.{kind}":
         raise IntegrityError(f"{path} holds {name}, not replk.{kind}", "name the right file")
     if number > newest:

@@ -237,10 +237,10 @@ def engine(made: Any) -> None:
 def profile(found: Any, *, most: int = 30) -> None:
     """Print the sentence, then the layers that take most, large kernels marked."""
     out.print(escape(found.sentence), soft_wrap=True)
-    table = _table("layer", "ms", "share", "GMAC", "in map", "x best", title=f"layers of {found.backend}")
+    table = _table("layer", "ms", "share", "MMAC", "in map", "x best", title=f"layers of {found.backend}")
     shown = sorted(found.layers, key=lambda layer: -layer.ms.value)[:most]
     for layer in sorted(shown, key=found.layers.index):
-        work = f"{layer.macs / 1e9:.3f}" if layer.sites else "–"
+        work = f"{layer.macs / 1e6:.1f}" if layer.sites else "–"
         inside = f"{layer.inside_macs / layer.macs:.0%}" if layer.macs else "–"
         name = f"[bold]{escape(layer.name)}[/]" if layer.large else escape(layer.name)
         ratio = f"{layer.ratio:.1f}" if layer.ratio else "–"

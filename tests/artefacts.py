@@ -151,6 +151,11 @@ def describe_engine(kind: type[Engine], path: Path, source: Path, made, precisio
         metadata=describe(precision).to_strings(),
         verdict=Verdict(state="pass", content="", reference="", worst=0.1, why="a test"),
     )
+    return sealed(said)
+
+
+def sealed(said: Sidecar) -> Sidecar:
+    """Let the verdict of a sidecar speak of what it says now."""
     return dataclasses.replace(said, verdict=dataclasses.replace(said.verdict, content=sidecar.content(said)))
 
 

@@ -263,7 +263,7 @@ def test_an_image_too_small_is_refused_with_a_size_that_is_not(tmp_path: Path, s
     model = RepLKNet.empty(TINY, "folded")
     with pytest.raises(ReplkError, match=f"{size[0]}x{size[1]} is too small") as caught:
         export(model, tmp_path / "a.onnx", precision="fp32", size=size, batch=FIXED)
-    assert caught.value.remedy == "use at least --size 8"
+    assert caught.value.remedy == "use at least --size 4, better 8"
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replk_deploy import records
-from replk_deploy.errors import Exit, IntegrityError
+from replk_deploy.errors import Exit, IntegrityError, ReplkError
 from replk_deploy.metadata import Verdict
 from replk_deploy.records import live
 from replk_deploy.workspace import Entry, Manifest
@@ -153,9 +153,11 @@ def test_something_else_is_refused_as_no_record(tmp_path: Path, content: bytes) 
 
 
 def test_a_folder_and_a_missing_file_are_no_records(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.json"):
-        with pytest.raises(IntegrityError, match="is not a record of replk"):
-            records.read(path, "manifest", 1)
+    with pytest.raises(IntegrityError, match="is not a record of replk"):
+        records.read(tmp_path, "manifest", 1)
+    with pytest.raises(ReplkError, match=r"missing\.json does not exist") as caught:
+        records.read(tmp_path / "missing.json", "manifest", 1)
+    assert caught.value.code == Exit.USAGE
 
 
 def test_another_kind_and_a_newer_format_are_told_apart(tmp_path: Path) -> None:

@@ -218,7 +218,9 @@ class Backend(abc.ABC):
             UnavailableError: the runtime does not tell its layers apart.
         """
         del images, repeats
-        raise UnavailableError(f"{self.name} does not tell its layers apart", "profile another backend: torch, ort-cpu")
+        raise UnavailableError(
+            f"{self.name} does not tell its layers apart", "profile another backend: torch, ort-cpu, openvino"
+        )
 
     @abc.abstractmethod
     def close(self) -> None:

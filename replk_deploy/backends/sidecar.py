@@ -90,6 +90,7 @@ def read(engine: Path) -> Sidecar:
     if not place(engine).is_file():
         raise IntegrityError(f"{engine} has no sidecar {place(engine).name}, so nothing says what it is", again)
     record = records.read(place(engine), Sidecar.KIND, Sidecar.FORMAT)
+    again = f"build it again: replk build {record.get('source', 'FILE')} --backend {record.get('backend', 'B')}"
     try:
         found = _sidecar(record)
         header = found.header

@@ -11,6 +11,8 @@ from replk_deploy.errors import ReplkError
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof
 
+ENGINES = {".plan", ".pt2"}
+
 
 def verify(
     reference: Path,
@@ -59,7 +61,7 @@ def verify(
 
 def _rank(path: Path) -> int:
     """Tell weights (0) from ONNX files (1) and engines (2)."""
-    return 1 if path.suffix == ".onnx" else 2 * sidecar.place(path).is_file()
+    return 1 if path.suffix == ".onnx" else 2 * (path.suffix in ENGINES or sidecar.place(path).is_file())
 
 
 def _engine(reference: Path, engine: Path, source: Source, head: str | None, progress: Progress) -> Proof:
