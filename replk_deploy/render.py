@@ -25,7 +25,7 @@ out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 WORDS = {"pass": "PASS", "provisional": "PASS (provisional)", "unverified": "UNVERIFIED", "rejected": "FAIL"} | {
     "inconclusive": "INCONCLUSIVE",
-    "regression": "FAIL",
+    "regression": "REGRESSION",
     "error": "ERROR",
 }
 WORDY = "found or missing"  # the one column of sentences

@@ -128,12 +128,9 @@ class Workspace:
             IntegrityError: missing, unknown or altered.
         """
         entry, path = self._artefacts.get(name), self.path(name)
-        if entry is None:
-            raise ReplkError(
-                f"the run {self.name} has no {name}", f"it holds {', '.join(self._artefacts) or 'nothing'}"
-            )
-        if not path.is_file():
-            raise IntegrityError(f"{path} is missing", f"make it again: replk {entry.by}")
+        if entry is None or not path.is_file():
+            by = entry.by if entry else "fuse CHECKPOINT"
+            raise IntegrityError(f"{path} is missing", f"make it again: replk {by}")
         again = f"make it again: rm {path} and repeat replk {entry.by}"
         if files.sha256(path) != entry.sha256:
             raise IntegrityError(f"{path} is not the file that its manifest describes: its hash differs", again)

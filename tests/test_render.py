@@ -131,21 +131,37 @@ def quantile(value: float, low: float | None = None, high: float | None = None) 
 @pytest.mark.parametrize("columns", [60, 80])
 def test_the_latency_table_keeps_every_number(monkeypatch, capsys, columns: int) -> None:
     monkeypatch.setattr(render.out, "_width", columns)
-    row = {"batch": 1, "p90_ms": quantile(13.5, 13.0, 14.0), "p99_ms": None, "unstable": (), "contract": None}
-    contract = SimpleNamespace(precision="fp32")
-    first = SimpleNamespace(**row | {"backend": "torch-compile", "p50_ms": quantile(12.34, 12.0, 12.5)}, ratio=None)
-    ratio = SimpleNamespace(median=quantile(0.51, 0.5, 0.52))
-    second = SimpleNamespace(**row | {"backend": "ort-cpu", "p50_ms": quantile(6.28), "ratio": ratio})
-    first.contract = second.contract = contract
-    second.unstable = ("time ran out after 2 rounds [x]",)
-    found = SimpleNamespace(
-        bench=SimpleNamespace(rows=(first, second), baseline="torch-compile"), agreements={}, artefacts={}
+    row = {
+        "model": "",
+        "batch": 1,
+        "p90_ms": quantile(13.5, 13.0, 14.0),
+        "p99_ms": None,
+        "gpu_p50_ms": None,
+        "throughput": None,
+        "ratio": None,
+        "notes": (),
+        "unstable": (),
+        "contract": SimpleNamespace(precision="fp32"),
+    }
+    first = SimpleNamespace(
+        **row | {"name": "torch-compile b1", "backend": "torch-compile", "p50_ms": quantile(12.34, 12.0, 12.5)}
     )
+    ratio = SimpleNamespace(median=quantile(0.51, 0.5, 0.52))
+    second = SimpleNamespace(
+        **row | {"name": "ort-cpu b1", "backend": "ort-cpu", "p50_ms": quantile(6.28), "ratio": ratio}
+    )
+    second.unstable = ("time ran out after 2 rounds [x]",)
+    bench = SimpleNamespace(
+        rows=(first, second), baseline="torch-compile", baseline_model=None, failures={"ort-cpu b8": "gone [y]"}
+    )
+    found = SimpleNamespace(bench=bench, agreements={}, artefacts={})
     render.latency(found)
     text = capsys.readouterr().out
-    for part in ("torch-compile", "12.34", "12.00-12.50", "13.50", "n/a", "baseline", "6.28", "0.51", "0.50-0.52"):
-        assert part in text or columns == 60, part
-    assert "note ort-cpu, batch 1: time ran out after 2 rounds [x]" in text
+    for part in ("12.34", "12.00-12.50", "13.50", "n/a", "baseline", "6.28", "0.51", "0.5-0.52"):
+        assert part in text, part
+    assert "torch-compile" in text or columns == 60
+    assert "note ort-cpu b1: time ran out after 2 rounds [x]" in text
+    assert "left ort-cpu b8: gone [y]" in text
     assert "…" not in text
 
 

@@ -226,7 +226,7 @@ def test_a_refittable_plan_needs_a_gpu_to_build(
 
 
 DAMAGES: dict[str, tuple[type[ReplkError], str]] = {
-    "missing": (ReplkError, "No such file"),
+    "missing": (ReplkError, "does not exist"),
     "empty": (ReplkError, "holds no ONNX graph"),
     "cut short": (ReplkError, "is not a whole ONNX file"),
     "garbage": (ReplkError, "is not a whole ONNX file"),
