@@ -20,7 +20,10 @@ from replk_deploy.errors import ContractError, UnavailableError, first_line
 Device = Literal["cpu", "cuda"]
 DEVICE = "cuda"
 WARM_UPS = 3  # uncaptured runs before a capture, in which libraries choose algorithms and allocate; PyTorch's advice
-FAILURES = ("CUDA error", "CUDA driver error", "CUDA failure", "cuDNN error", "CUDA kernel errors")
+FAILURES = (
+    *("CUDA error", "CUDA driver error", "CUDA failure", "cuDNN error", "CUDA kernel errors"),
+    *("Triton Error [CUDA]", "GET was unable to find an engine"),
+)
 HEAD_START_CYCLES = 100_000_000  # 50 ms at 2 GHz, in which the host launches a whole network
 MIB = 2**20
 

@@ -134,7 +134,7 @@ class OrtGpu(OrtRuntime):
         launch = self._bound(images, NO_CAPTURE)
         launch.enqueue()
         launch.wait()
-        return {name: out.float().cpu().numpy() for name, out in launch.answer.items()}
+        return dict(zip(launch.answer, launch.answers(), strict=True))
 
     def prepare(self, images: Array) -> CudaLaunch:
         """Bind a batch and its outputs on the GPU and capture the graph if there is one; `run` answers outside it."""

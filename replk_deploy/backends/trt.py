@@ -253,7 +253,7 @@ class _TensorRT(Engine):
         bound.load(images)
         launch.enqueue()
         launch.wait()
-        return {name: out.float().cpu().numpy() for name, out in launch.answer.items()}
+        return dict(zip(launch.answer, launch.answers(), strict=True))
 
     def prepare(self, images: Array) -> base.Launch:
         """Copy a batch to the GPU, choose its profile and, where asked for, capture a CUDA graph."""
@@ -308,7 +308,8 @@ class _TensorRT(Engine):
         for name in (self.input.name, *self.outputs):
             dtype = engine.get_tensor_dtype(name)
             shape = (n, *tuple(engine.get_tensor_shape(name))[1:])
-            tensors[name] = torch.empty(shape, dtype=getattr(torch, DTYPES[dtype.name]), device=cuda.DEVICE)
+            with cuda.translated("hold images and answers"):
+                tensors[name] = torch.empty(shape, dtype=getattr(torch, DTYPES[dtype.name]), device=cuda.DEVICE)
         context = self._lib.ask("gives no context", partial(self._context, self._lib, engine))
         bound = Bound(context, tensors, self._stream.cuda_stream, self._lib.ask)
         bound.bind(nearest(self.batches, n), self._scratch)
