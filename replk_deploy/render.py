@@ -324,7 +324,10 @@ def pairs(facts: dict[str, str]) -> None:
 def _table(*heads: str, title: str) -> Table:
     """Begin a table in which a narrow terminal breaks the names, never a number."""
     first, *others = heads
-    columns = (Column(first, overflow="fold"), *(Column(head, no_wrap=head != WORDY) for head in others))
+    columns = (
+        Column(first, overflow="fold"),
+        *(Column(head, no_wrap=head != WORDY, overflow="fold") for head in others),
+    )
     return Table(*columns, title=title, title_justify="left")
 
 
