@@ -5,7 +5,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from replk_deploy.errors import ReplkError, UnavailableError
-from replk_deploy.machine import version
 
 if TYPE_CHECKING:  # numpy would come with it, and `replk --help` must not wait
     from replk_deploy.backends.base import Backend
@@ -74,6 +73,8 @@ def takes(name: str) -> Takes:
 
 
 def _unavailable(name: str, planned: Planned) -> UnavailableError:
+    from replk_deploy.machine import version  # noqa: PLC0415  # `replk --help` must not wait for it
+
     found = version(planned.distribution)
     package = f"{planned.distribution} is {'not ' if found is None else ''}installed"
     extra = f"[{planned.extra}]" if planned.extra else ""
