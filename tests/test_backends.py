@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from replk_deploy import backends, bench
+from replk_deploy import backends, bench, machine
 from replk_deploy.backends import cuda
 from replk_deploy.backends.base import Array, Backend, Engine, Settings
 from replk_deploy.errors import ContractError, Exit, ReplkError, UnavailableError
@@ -371,7 +371,7 @@ def test_the_weights_held_are_told(files: Files) -> None:
 def test_a_planned_backend_says_so_and_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = backends.PLANNED[name]
     for there, words in (("1.0", "though"), (None, "and")):
-        monkeypatch.setattr(backends, "version", {planned.distribution: there}.get)
+        monkeypatch.setattr(machine, "version", {planned.distribution: there}.get)
         with pytest.raises(
             UnavailableError, match=f"no adapter for {name} yet, {words} {planned.distribution}"
         ) as caught:
