@@ -116,7 +116,7 @@ class OpenVino(Backend):
             for name, kind, detail, spent_ms in launch.executed() if repeat else ():
                 times[name, kind, detail].append(spent_ms)
         for (_, kind, _), found in times.items():
-            found += [0.0] * (repeats - len(found) if kind in IN_PLACE else 0)
+            found.extend([0.0] * (repeats - len(found) if kind in IN_PLACE else 0))
         unlike = {name: len(found) for (name, _, _), found in times.items() if len(found) != repeats}
         if unlike:
             raise ContractError(f"OpenVINO executed other nodes in some of {repeats} runs: {unlike}")
