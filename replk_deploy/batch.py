@@ -22,6 +22,10 @@ class Batch:
         """Tell whether the batch may vary."""
         return self.min != self.max
 
+    def holds(self, count: int) -> bool:
+        """Tell whether so many images are within."""
+        return self.min <= count <= self.max
+
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}" if self.dynamic else str(self.max)
 

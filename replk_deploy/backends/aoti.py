@@ -118,7 +118,7 @@ class Aoti(Engine):
         launch = self._launch(images)
         launch.enqueue()
         launch.wait()
-        return {name: out.float().cpu().numpy() for name, out in zip(self.outputs, launch.answer, strict=True)}
+        return dict(zip(self.outputs, launch.answers(), strict=True))
 
     def prepare(self, images: Array) -> Launch:
         """Copy a batch to the device in the input's type; capture the graph if there is one."""

@@ -191,7 +191,7 @@ class Backend(abc.ABC):
                 f"{self.name} takes {kind} images {shape}, not {images.dtype} {given}",
                 "export for that shape: replk export --onnx --size HxW --batch MIN:MAX",
             )
-        if self.batches and not any(b.min <= len(images) <= b.max for b in self.batches):
+        if self.batches and not any(batch.holds(len(images)) for batch in self.batches):
             ranges = ", ".join(map(str, self.batches))
             raise ReplkError(
                 f"{self.name} was built for {ranges} images at a time, not {len(images)}",

@@ -122,7 +122,7 @@ class TorchRuntime(Backend):
         launch = self._launch(images)
         launch.enqueue()
         launch.wait()
-        return {name: out.float().cpu().numpy() for name, out in zip(self.outputs, launch.answer, strict=True)}
+        return dict(zip(self.outputs, launch.answers(), strict=True))
 
     def prepare(self, images: Array) -> Launch:
         """Copy a batch to the device in the input's type and the chosen layout; capture the graph if there is one."""

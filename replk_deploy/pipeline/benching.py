@@ -202,17 +202,13 @@ def _enter_all(
 
 def _judge(key: str, runner: _Runner, backend: Backend, batches: Sequence[int], progress: Progress) -> Agreement | None:
     """Judge a backend by float64 where weights are at hand, else by the ONNX file on ONNX Runtime's CPU provider."""
-    by_graph = runner.path.suffix == ".onnx" and backend.name != OrtCpu.name
-    if runner.oracle is None and not by_graph:
-        return None
-    progress(f"verify {key}", 0, None)
     if runner.oracle is not None and runner.metadata is not None:
+        progress(f"verify {key}", 0, None)
         return proving.judge_backend(key, runner.oracle, backend, runner.metadata, batches=batches)
-    return (
-        proving.prove_by_graph(runner.path, backend, runner.metadata, batches=batches).agreements[0]
-        if by_graph
-        else None
-    )
+    if runner.path.suffix == ".onnx" and backend.name != OrtCpu.name:
+        progress(f"verify {key}", 0, None)
+        return proving.prove_by_graph(runner.path, backend, runner.metadata, batches=batches).agreements[0]
+    return None
 
 
 def _demand_same(backend: Backend, launch: Launch, images: Array) -> None:

@@ -155,7 +155,7 @@ def needed(
     if run.entry(name) and sidecar.place(run.path(name)).is_file():
         engine = run.take(name)
         said = sidecar.read(engine)
-        fits = all(any(b.min <= count <= b.max for b in said.batches) for count in batches) or not said.batches
+        fits = all(any(batch.holds(count) for batch in said.batches) for count in batches) or not said.batches
         if said.verdict.state == "pass" and said.source_sha256 == files.sha256(source) and fits:
             with contextlib.suppress(IntegrityError), kind(engine):  # another version or device: built again
                 return engine
@@ -201,7 +201,7 @@ def needed_source(
 def _takes(path: Path, batches: Sequence[int]) -> bool:
     said = sources.header(path)
     stated = Batch.parse(said.batch) if said and said.batch else None
-    return stated is None or all(stated.min <= count <= stated.max for count in batches)
+    return stated is None or all(stated.holds(count) for count in batches)
 
 
 def _judge(engine: Path, source: Path, kind: type[Engine], oracle: Oracle | None, progress: Progress) -> Proof:

@@ -127,11 +127,19 @@ def _fuse_options(loaded: Loaded, level: Level, size: sources.Size, *, prove: bo
     return {**chosen, "made_with": made_with}
 
 
-def resume(loaded: Loaded, run: Workspace, size: sources.Size, reused: list[str], progress: Progress) -> Fused:
+def resume(
+    loaded: Loaded,
+    run: Workspace,
+    size: sources.Size,
+    reused: list[str],
+    progress: Progress,
+    *,
+    prove: bool = True,
+) -> Fused:
     """Take the fused weights that a run vouches for, noting it in `reused`; fuse again where there are none."""
     options = _fuse_options(loaded, "full", size, prove=True)
     if not run.fresh(FUSED, {loaded.file: loaded.sha256}, options):
-        return fuse_loaded(loaded, run, size=size, progress=progress)
+        return fuse_loaded(loaded, run, size=size, prove=prove, progress=progress)
     reused.append(FUSED)
     fused = reopen(sources.fused_of(run), prove=True)
     return dataclasses.replace(fused, oracle=Oracle(loaded.model, loaded.sha256))
@@ -154,9 +162,6 @@ def fused_source(
     if loaded.metadata and loaded.form == "folded":
         return reopen(loaded.path, prove=prove), run if loaded.path.resolve().parent == run.folder.resolve() else None
     if output is None:
-        size = loaded.preprocessing.size
-        if run.fresh(FUSED, {loaded.file: loaded.sha256}, _fuse_options(loaded, "full", size, prove=True)):
-            return resume(loaded, run, size, [], progress), run
-        return fuse_loaded(loaded, run, prove=prove, progress=progress), run
+        return resume(loaded, run, loaded.preprocessing.size, [], progress, prove=prove), run
     beside = output.with_name(f"{output.stem}.fused.safetensors")
     return fuse_loaded(loaded, None, output=beside, prove=prove, progress=progress), None
