@@ -32,7 +32,9 @@ PAGE = ROOT / "docs" / "errors.md"
 def deploy(variant: str, precisions: list[str]) -> list[dict[str, object]]:
     """Make a checkpoint, take it through the chain, and return one row per comparison."""
     with tempfile.TemporaryDirectory() as name:
-        folder, environment = Path(name), os.environ | {"PYTHONPATH": str(ROOT)}
+        folder = Path(name)
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path}
         subprocess.run(
             [sys.executable, "-m", "tests.networks", variant, str(folder / "ckpt.pth")], cwd=ROOT, check=True
         )

@@ -1,19 +1,22 @@
 """Latency of a published variant on every runtime of this machine, beside networks of its accuracy class.
 
 python benchmarks/latency.py [--variant RepLKNet-31B] [--size N] [--precision fp32 ...] [--batch 1 ...]
-                             [--backend torch ...] [--baseline timm:NAME ...] [--max-seconds 60]
+                             [--backend torch ...] [--baseline timm:NAME ...] [--cuda-graph on]
+                             [--max-seconds 60] [--keep FOLDER]
 
-Writes docs/benchmarks/latency-<device>.json, one entry per variant, size and precision; other entries stay.
+Writes docs/benchmarks/latency-<device>.json, one entry per variant, size, precision and batches; others stay.
 The checkpoint has random weights and BatchNorm statistics that fit the activations and are then disturbed.
 All rows of one entry ran in turns in one process, each judged by float64 just before. Samples are left out
 of the committed record; `replk bench --json` keeps them.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import torch
 from replk_deploy import pipeline, records, sources
 from replk_deploy.backends import BACKENDS
 from replk_deploy.models.replknet import VARIANTS
+from replk_deploy.pipeline.benching import GRAPHS
 from replk_deploy.precision import PRECISIONS, Precision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,25 +34,34 @@ BASELINES = ("timm:swin_base_patch4_window7_224", "timm:convnext_base")
 LEFT_OUT = ("samples_ms", "blocks", "windows", "gpu_ms", "enqueue_ms", "flags", "pace")
 
 
+def told(step: str, done: int, total: int | None) -> None:
+    """Say on stderr how far it is, as the whole takes minutes."""
+    if done in {0, total}:
+        print(f"{time.strftime('%H:%M:%S')} {step} {done}/{total or '?'}", file=sys.stderr, flush=True)
+
+
 def measure(options: argparse.Namespace, precision: Precision, folder: Path) -> dict[str, Any]:
     """Take a checkpoint through the chain and time it."""
-    root, size = folder / "replk-out", (options.size, options.size)
+    ckpt, size = folder / f"{options.variant}.pth", (options.size, options.size)
+    root = folder / f"{options.variant}-{options.size}"
     if not (root / "latest").exists():
-        ckpt = folder / "ckpt.pth"
         subprocess.run([sys.executable, "-m", "tests.networks", options.variant, str(ckpt)], cwd=ROOT, check=True)
-        pipeline.fuse(ckpt, size=size, root=root)
+        pipeline.fuse(ckpt, size=size, root=root, progress=told)
     for onnx in (True, False):
-        if onnx or precision != "fp32":
-            pipeline.export(onnx=onnx, precision=precision, size=size, root=root)
+        ending = "onnx" if onnx else "safetensors"
+        if (onnx or precision != "fp32") and not list(root.glob(f"*/model.{precision}.{ending}")):
+            pipeline.export(onnx=onnx, precision=precision, size=size, root=root, progress=told)
     backends = options.backend or sources.present(())[0]
     timed = pipeline.bench(
         backends=backends,
         batches=options.batch,
         baselines=options.baseline,
         precision=precision,
+        cuda_graph=options.cuda_graph,
         max_seconds=options.max_seconds,
         allow_unverified=precision == "bf16",  # an ONNX file in bf16 is provisional until a runtime has judged it
         root=root,
+        progress=told,
     )
     record: dict[str, Any] = records.plain(timed)
     for row in record["bench"]["rows"]:
@@ -68,7 +81,9 @@ def main() -> None:
     parser.add_argument("--batch", action="append", type=int)
     parser.add_argument("--backend", action="append", choices=list(BACKENDS))
     parser.add_argument("--baseline", action="append")
+    parser.add_argument("--cuda-graph", choices=list(GRAPHS), default="auto")
     parser.add_argument("--max-seconds", type=float, default=60.0)
+    parser.add_argument("--keep", type=Path, help="folder for checkpoints and exports, so that a later call finds them")
     options = parser.parse_args()
     options.batch, options.baseline = options.batch or [1], options.baseline or BASELINES
     device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
@@ -77,14 +92,16 @@ def main() -> None:
     if path.exists():
         whole = json.loads(path.read_text())
     whole["command"] = "python benchmarks/latency.py"
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as held:
+        folder = options.keep or Path(held.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
         for precision in options.precision or ["fp32"]:
-            key = f"{options.variant} {options.size} {precision}"
-            whole["entries"][key] = measure(options, precision, Path(folder))
+            key = f"{options.variant} {options.size} {precision} b{','.join(map(str, options.batch))}"
+            whole["entries"][key] = measure(options, precision, folder)
             path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
             for row in whole["entries"][key]["bench"]["rows"]:
                 ratio = row["ratio"]["median"]["value"] if row["ratio"] else float("nan")
-                print(f"{key:32} {row['name']:50} p50 {row['p50_ms']['value']:9.3f} ms  ratio {ratio:.3f}", flush=True)
+                print(f"{key:36} {row['name']:50} p50 {row['p50_ms']['value']:9.3f} ms  ratio {ratio:.3f}", flush=True)
 
 
 if __name__ == "__main__":

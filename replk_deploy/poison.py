@@ -36,15 +36,16 @@ def poison(model: Network, *, size: int = 96, seed: int = 0) -> Network:
         assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101  # registered on nothing else
         (x,) = args
         mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False) + norm.eps
-        normal, uniform = torch.randn(3, len(mean), generator=rng).double(), torch.rand(2, len(mean), generator=rng)
+        normal = torch.randn(3, len(mean), generator=rng).to(mean)
+        uniform = torch.rand(2, len(mean), generator=rng).to(mean)
         _set(norm.running_mean, mean + 0.3 * var.sqrt() * normal[0])
-        _set(norm.running_var, var * (0.5 + uniform[0].double()))
+        _set(norm.running_var, var * (0.5 + uniform[0]))
         _set(norm.bias, 0.3 * normal[1])
-        _set(norm.weight, (1 + 0.3 * normal[2]) * torch.where(uniform[1] < 0.2, -1.0, 1.0).double())  # noqa: PLR2004
+        _set(norm.weight, (1 + 0.3 * normal[2]) * torch.where(uniform[1] < 0.2, -1.0, 1.0))  # noqa: PLR2004
 
     hooks = [m.register_forward_pre_hook(disturb) for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
-        twin(torch.randn(IMAGES, 3, size, size, generator=rng).double())
+        twin(torch.randn(IMAGES, 3, size, size, generator=rng).to(next(twin.parameters())))
     for hook in hooks:
         hook.remove()
     return twin

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,16 +108,25 @@ class Oracle:
 
     def answers(self, probe: Probe, preprocessing: Preprocessing | None = None) -> Mapping[str, verify.Array]:
         """Return the answers to a probe, computed once."""
-        key = repr((probe.names, probe.images.shape, preprocessing)).encode() + probe.images.tobytes()
+        found = self._once("fp64", lambda: self.model, preprocessing, probe.images)
+        broken = [name for name, out in found.items() if not np.isfinite(out).all()]
+        if broken:
+            raise ReplkError(
+                f"the reference answers NaN or infinity in {', '.join(broken)}, even in float64",
+                "its weights explode: take an earlier checkpoint of the run",
+            )
+        return found
+
+    def eager(self, precision: Precision, preprocessing: Preprocessing | None = None) -> verify.Answer:
+        """Return PyTorch at a precision, as a function that computes each answer once."""
+        return lambda images: self._once(precision, lambda: eager_of(self.model, precision), preprocessing, images)
+
+    def _once(
+        self, kind: str, model: Callable[[], Network], preprocessing: Preprocessing | None, images: verify.Array
+    ) -> Mapping[str, verify.Array]:
+        key = repr((kind, images.shape, preprocessing)).encode() + images.tobytes()
         if key not in self._known:
-            found = answer_of(self.model, preprocessing=preprocessing)(probe.images)
-            broken = [name for name, out in found.items() if not np.isfinite(out).all()]
-            if broken:
-                raise ReplkError(
-                    f"the reference answers NaN or infinity in {', '.join(broken)}, even in float64",
-                    "its weights explode: take an earlier checkpoint of the run",
-                )
-            self._known[key] = found
+            self._known[key] = answer_of(model(), preprocessing=preprocessing)(images)
         return self._known[key]
 
 
@@ -261,8 +270,7 @@ def prove_weights(oracle: Oracle, stored: Network, precision: Precision, *, size
     precision = on_cpu(precision)
     probe = verify.normal(size)
     expected = oracle.answers(probe)
-    eager = answer_of(eager_of(oracle.model, precision))
-    bound = verify.calibrate(expected, eager, probe, precision, limit=True)
+    bound = verify.calibrate(expected, oracle.eager(precision), probe, precision, limit=True)
     agreement = verify.verify(
         expected, answer_of(stored), probe, bound=bound, name="checkpoint", precision=precision, repeat=False
     )
@@ -344,7 +352,7 @@ def prove_pair(
 ) -> Proof:
     """Judge one network by another, each as its file has it."""
     precision = on_cpu(other.metadata.precision) if other.metadata else "fp32"
-    eager = answer_of(eager_of(oracle.model, precision))
+    eager = oracle.eager(precision)
     agreements = []
     natural = verify.normal(size)
     probes = {"special images, 64x64": verify.special((SMALL, SMALL)), f"{size[0]}x{size[1]}": natural}
@@ -464,8 +472,7 @@ def judge_backend(
             )
     probe = probe or probe_for(backend, metadata)
     expected = oracle.answers(probe, inside)
-    network = eager_of(oracle.model, precision)
-    bound = verify.calibrate(expected, answer_of(network, preprocessing=inside), probe, precision, limit=limit)
+    bound = verify.calibrate(expected, oracle.eager(precision, inside), probe, precision, limit=limit)
     return verify.verify(
         expected,
         verify.any_batch(backend),

@@ -37,10 +37,10 @@ GEOMETRIES = {"small": SMALL, "like XL": LIKE_XL, "backbone": BACKBONE}
 SIZES = {"RepLKNet-31B": 224, "RepLKNet-31L": 384, "RepLKNet-XL": 320}
 
 
-def trained(geometry: RepLKGeometry = SMALL, *, seed: int = 0, size: int = 96) -> RepLKNet:
+def trained(geometry: RepLKGeometry = SMALL, *, seed: int = 0, size: int = 96, device: str = "cpu") -> RepLKNet:
     """Return a float32 network in training form whose BatchNorms fit its activations and are then disturbed."""
     network = randomise(RepLKNet.build(geometry, "training"), seed=seed)
-    return cast(poison(network, size=size, seed=seed), torch.float32)
+    return cast(poison(network.to(device), size=size, seed=seed).cpu(), torch.float32)
 
 
 def training_args(**changes: object) -> argparse.Namespace:
@@ -69,9 +69,10 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     options = parser.parse_args()
     size = SIZES[options.variant]
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # minutes against an hour for the largest
     half = options.variant == "RepLKNet-XL"
     save_as_trained(
-        trained(VARIANTS[options.variant], size=-(-size * 7 // 320) * 32),
+        trained(VARIANTS[options.variant], size=-(-size * 7 // 320) * 32, device=device),
         options.path,
         model=options.variant,
         input_size=size,

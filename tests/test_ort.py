@@ -142,6 +142,7 @@ class FalseOrt:
         (folder / "capi").mkdir(exist_ok=True)
         self.provider = self.place = provider
         self.SessionOptions, self.RunOptions = onnxruntime.SessionOptions, onnxruntime.RunOptions
+        self.set_default_logger_severity = onnxruntime.set_default_logger_severity
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.twisted: dict[str, str] = {}
         self.moved: dict[str, str] = {}

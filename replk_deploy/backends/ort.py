@@ -28,7 +28,7 @@ DTYPES = {
     "tensor(bfloat16)": "bfloat16",
     "tensor(uint8)": "uint8",
 }
-SEVERITY_ERROR = 3  # ONNX Runtime's scale: 2 is a warning, 4 is fatal
+SEVERITY_ERROR, SEVERITY_FATAL = 3, 4  # ONNX Runtime's scale; 2 is a warning
 NO_BF16 = "export it again: replk export --onnx --precision fp32 (or fp16)"
 KERNEL, BLOCKED = "_kernel_time", "_nchwc"  # endings in a profile: of an execution, of a node in blocked layout
 Provider = str | tuple[str, Mapping[str, str]]
@@ -169,7 +169,9 @@ class _Launch:
 
 def onnxruntime(extra: str = "cpu") -> ModuleType:
     """Import ONNX Runtime; UnavailableError with the line that installs the extra that brings it."""
-    return optional.load("onnxruntime", package="onnxruntime", install=f"replk-deploy[{extra}]")
+    found = optional.load("onnxruntime", package="onnxruntime", install=f"replk-deploy[{extra}]")
+    found.set_default_logger_severity(SEVERITY_FATAL)  # errors come as exceptions, too
+    return found
 
 
 def session_options(ort: ModuleType) -> Any:

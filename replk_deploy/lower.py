@@ -1,0 +1,288 @@
+"""Large depthwise convolutions → the same arithmetic in operators that stock runtimes run fast.
+
+The rewrites are in `lowerings/`; whoever calls chooses one for each convolution, or none. What can be
+rewritten are depthwise convolutions with an odd kernel of 7 or more in one direction, stride 1, dilation 1
+and "same" padding, on a map of known height and width. Taps that never touch the map are cropped from
+every one of them, rewritten or not.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ShapeInferencePass
+from torch import Tensor, nn
+
+from replk_deploy import graph
+from replk_deploy.errors import ReplkError
+from replk_deploy.export import LIMIT_BYTES
+from replk_deploy.inspect import LARGE
+from replk_deploy.lowerings import LOWERINGS
+from replk_deploy.lowerings.base import Array, Candidate, LargeConv, constant_of, crop
+from replk_deploy.lowerings.rewriting import Job, candidates, rewrite
+from replk_deploy.models.base import Network
+
+NONE = "none"  # the choice to leave a convolution what it is
+UNKNOWN = "its height or width is not fixed"
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16, and a rewrite only moves bits
+Choose = Callable[[LargeConv], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweredSite:
+    """What became of one large convolution.
+
+    Attributes:
+        kernel: as it was.
+        taps: what cropping left of it.
+        map: height and width; None where they vary.
+        choice: a name in LOWERINGS, or none.
+        reason: why it was left where it could not be had otherwise; else empty.
+        bytes_before: of its weight, wherever else that is used.
+    """
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("changed",)
+
+    name: str
+    channels: int
+    kernel: tuple[int, int]
+    taps: tuple[int, int]
+    map: tuple[int, int] | None
+    choice: str
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def changed(self) -> bool:
+        """Tell whether it was rewritten or cropped."""
+        return self.choice != NONE or self.taps != self.kernel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowered:
+    """What became of the large convolutions of a network.
+
+    Attributes:
+        chains: how many stretches of the graph lie channel by channel now.
+        bytes_before: of all weights; one that several layers share counts once.
+    """
+
+    KIND: ClassVar[str] = "lowered"
+    FORMAT: ClassVar[int] = 1
+    DERIVED: ClassVar[tuple[str, ...]] = ("changed", "growth")
+
+    sites: tuple[LoweredSite, ...]
+    chains: int
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def changed(self) -> bool:
+        """Tell whether anything was rewritten or cropped."""
+        return any(site.changed for site in self.sites)
+
+    @property
+    def growth(self) -> float:
+        """Return how many times as large the weights are now."""
+        return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+
+
+def find(path: Path) -> tuple[LargeConv, ...]:
+    """Name the convolutions of an ONNX file that can be lowered, in the order of the graph.
+
+    Raises:
+        ReplkError: not a whole ONNX file, or a map of unknown height or width.
+    """
+    return tuple(_sized(c) for _, c in _candidates(_open(path)) if not c.why)
+
+
+def find_network(network: Network, size: tuple[int, int]) -> tuple[LargeConv, ...]:
+    """Name the convolutions of a network that can be lowered, for images of a size."""
+    return tuple(_sized(c) for c in _modules(network, size) if not c.why)
+
+
+def lower_graph(path: Path, out: Path, choose: Choose | None = None, *, channel_major: bool = False) -> Lowered:
+    """Write an ONNX file whose large convolutions are what `choose` says of each.
+
+    Inputs, outputs, metadata and the names of what is computed stay, but for values inside a chain. A graph
+    in which nothing changes is written as it was.
+
+    Args:
+        path: the graph; its weights are initializers or Constant nodes, of any floating type.
+        out: where to write; the caller owns the name.
+        choose: a name in LOWERINGS or "none" for each; None only crops, and leaves maps of unknown size alone.
+        channel_major: keep what lies between dense rewrites in their layout.
+
+    Raises:
+        ReplkError: not a whole ONNX file, a map of unknown size, or a file that would pass 2 GiB.
+    """
+    model = _open(path)
+    before = _weights(model.graph)
+    found = [(node, candidate, _decide(candidate, choose)) for node, candidate in _candidates(model)]
+    jobs = [Job(n, _sized(c), None if site.choice == NONE else site.choice) for n, c, site in found if site.changed]
+    merged = rewrite(model.graph, jobs, merge=channel_major)
+    after = _weights(model.graph)
+    if after > LIMIT_BYTES:
+        raise ReplkError(
+            f"the file would hold {after / 2**30:.1f} GiB of weights, and ONNX holds less than 2 GiB in one file",
+            "lower fewer layers, or export with --precision fp16",
+        )
+    if jobs:
+        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        ir.save(model, out)
+        onnx.checker.check_model(out, full_check=True)
+    else:
+        onnx.save(graph.load(path), out)
+    return Lowered(sites=tuple(s for _, _, s in found), chains=merged, bytes_before=before, bytes_after=after)
+
+
+def lower_network(network: Network, size: tuple[int, int], choose: Choose | None = None) -> tuple[Network, Lowered]:
+    """Return a network whose large convolutions are what `choose` says of each, for images of a size.
+
+    The network given stays as it was; the new one shares with it what is not rewritten.
+
+    Args:
+        network: in any form and type, on any device.
+        size: height and width of the images.
+        choose: a name in LOWERINGS or "none" for each; None only crops.
+    """
+    twin = type(network).empty(network.geometry, network.form)
+    twin.load_state_dict(network.state_dict(), assign=True)
+    sites = tuple(_decide(candidate, choose) for candidate in _modules(network, size))
+    for site in sites:
+        if site.changed and site.map is not None:
+            place = LargeConv(name=site.name, channels=site.channels, kernel=site.kernel, map=site.map)
+            twin.set_submodule(site.name, _module(place, site.choice, twin.get_submodule(site.name)))
+    before, after = (sum(p.nbytes for p in net.parameters()) for net in (network, twin))
+    return twin.eval(), Lowered(sites=sites, chains=0, bytes_before=before, bytes_after=after)
+
+
+def _decide(candidate: Candidate, choose: Choose | None) -> LoweredSite:
+    """Say what becomes of a convolution; one that nothing keeps as it is has a known map, or nothing is asked of it."""
+    site, choice, reason = None, NONE, candidate.why
+    if not candidate.why and candidate.map is None and choose is None:
+        reason = UNKNOWN
+    elif not candidate.why:
+        site = _sized(candidate)
+        choice, reason = _ask(site, choose)
+    taps = candidate.kernel if site is None else site.taps
+    elements = candidate.channels * math.prod(taps)
+    if site is not None and choice != NONE:
+        elements = LOWERINGS[choice].elements(site)
+    return LoweredSite(
+        name=candidate.name,
+        channels=candidate.channels,
+        kernel=candidate.kernel,
+        taps=taps,
+        map=candidate.map,
+        choice=choice,
+        reason=reason,
+        bytes_before=candidate.channels * math.prod(candidate.kernel) * candidate.itemsize,
+        bytes_after=elements * candidate.itemsize,
+    )
+
+
+def _sized(candidate: Candidate) -> LargeConv:
+    if candidate.map is None:
+        raise ReplkError(
+            f"{candidate.name} cannot be lowered: {UNKNOWN}",
+            "write the file for one size of image, for example replk export --onnx --size 224x224",
+        )
+    return LargeConv(name=candidate.name, channels=candidate.channels, kernel=candidate.kernel, map=candidate.map)
+
+
+def _ask(site: LargeConv, choose: Choose | None) -> tuple[str, str]:
+    """Return what a convolution becomes, and why not what was asked for."""
+    choice = NONE if choose is None else choose(site)
+    if choice == NONE:
+        return NONE, ""
+    if choice not in LOWERINGS:
+        raise ReplkError(f"there is no lowering named {choice}", f"choose among {', '.join((NONE, *LOWERINGS))}")
+    refused = LOWERINGS[choice].refusal(site)
+    return (NONE, f"{choice} does not apply: {refused}") if refused else (choice, "")
+
+
+def _open(path: Path) -> ir.Model:
+    model = ir.from_proto(graph.load(path))
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    return model
+
+
+def _candidates(model: ir.Model) -> Iterator[tuple[ir.Node, Candidate]]:
+    return candidates(model.graph, least=LARGE, opset=model.opset_imports.get("", 0))
+
+
+def _weights(of: ir.Graph) -> int:
+    """Count the bytes of all constants."""
+    tensors = [value.const_value for value in of.initializers.values()]
+    tensors += [constant_of(node.outputs[0]) for node in of if node.op_type == "Constant"]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _modules(network: Network, size: tuple[int, int]) -> list[Candidate]:
+    """Find the large convolutions of a network in the order of their names, without computing anything."""
+    twin = type(network).empty(network.geometry, network.form)
+    maps: dict[str, set[tuple[int, int]]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            maps.setdefault(name, set()).add((args[0].shape[-2], args[0].shape[-1]))
+
+        return hook
+
+    large = {name: m for name, m in twin.named_modules() if isinstance(m, nn.Conv2d) and _is_large(m)}
+    for name, module in large.items():
+        module.register_forward_pre_hook(look(name))
+    with torch.no_grad():
+        twin(torch.empty(1, 3, *size, device="meta"))
+    return [
+        Candidate(
+            name=name,
+            channels=conv.in_channels,
+            kernel=(conv.kernel_size[0], conv.kernel_size[1]),
+            map=next(iter(maps[name])),
+            itemsize=network.get_parameter(f"{name}.weight").itemsize,
+            why="it meets maps of several sizes" if len(maps[name]) > 1 else "",
+        )
+        for name, conv in large.items()
+        if name in maps
+    ]
+
+
+def _is_large(conv: nn.Conv2d) -> bool:
+    high, wide = conv.kernel_size
+    padded = conv.padding == "same" or conv.padding == (high // 2, wide // 2)
+    plain = {*conv.stride, *conv.dilation} == {1} and conv.padding_mode == "zeros"
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    return bool(depthwise and plain and padded and high % 2 and wide % 2 and max(high, wide) >= LARGE)
+
+
+def _module(site: LargeConv, choice: str, conv: nn.Module) -> nn.Module:
+    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # nothing else was looked at
+    bias = conv.bias
+    if choice == NONE:
+        made = nn.Conv2d(
+            site.channels, site.channels, site.taps, padding=site.padding, groups=site.channels, device="meta"
+        )
+        made.weight = nn.Parameter(_moved(conv.weight, lambda k: crop(site, k)), requires_grad=False)
+        made.bias = bias
+        return made
+    lowering = LOWERINGS[choice]
+    return lowering.module(
+        site,
+        _moved(conv.weight, lambda kernel: lowering.weight(site, kernel)),
+        None if bias is None else _moved(bias, lambda b: lowering.bias(site, b)),
+    )
+
+
+def _moved(tensor: Tensor, move: Callable[[Array], Any]) -> Tensor:
+    """Rearrange the bits of a tensor in numpy."""
+    bits = tensor.detach().cpu().contiguous().view(BITS[tensor.itemsize])
+    moved: Tensor = torch.from_numpy(move(bits.numpy()).copy()).view(tensor.dtype)
+    return moved.to(tensor.device)
