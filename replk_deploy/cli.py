@@ -19,6 +19,7 @@ from replk_deploy.options import (
     Checkpoint,
     ConvSearch,
     Device,
+    Form,
     Head,
     Json,
     Layout,
@@ -140,6 +141,8 @@ def export(
     embed_preprocess: Annotated[
         bool, typer.Option("--embed-preprocess", help="Take uint8 [N,H,W,3]; normalise in the graph.")
     ] = False,
+    lower: Form = "none",
+    backend: Annotated[str | None, typer.Option(help="Runtime that --lower auto decides for.")] = None,
     no_verify: NoVerify = False,
     as_json: Json = None,
 ) -> None:
@@ -148,20 +151,27 @@ def export(
 
     if embed_preprocess and not onnx:
         raise ReplkError("--embed-preprocess belongs to ONNX", "add --onnx")
+    if (lower != "none" or backend) and not onnx:
+        raise ReplkError("--lower and --backend belong to ONNX", "add --onnx; PyTorch lowers when it opens weights")
+    if (lower == "auto") != (backend is not None):
+        raise ReplkError("--lower auto and --backend go together", "name both, or ask for a form by name")
+    chosen: dict[str, Any] = {
+        "output": output,
+        "source": options.source_of(weights),
+        "head": head,
+        "precision": options.precision_of(precision),
+        "size": options.size_of(size),
+        "batch": Range.parse(batch),
+        "embed": embed_preprocess,
+        "prove": not no_verify,
+    }
+    if lower != "none":
+        with render.bars() as progress:
+            lowered = pipeline.export_lowered(artefact, form=lower, backend=backend, progress=progress, **chosen)
+        _finish(lowered, lambda: render.lowering(lowered), f"export {precision}, {lowered.plan.words}", as_json)
+        return
     with render.bars() as progress:
-        made = pipeline.export(
-            artefact,
-            onnx=onnx,
-            output=output,
-            source=options.source_of(weights),
-            head=head,
-            precision=options.precision_of(precision),
-            size=options.size_of(size),
-            batch=Range.parse(batch),
-            embed=embed_preprocess,
-            prove=not no_verify,
-            progress=progress,
-        )
+        made = pipeline.export(artefact, onnx=onnx, progress=progress, **chosen)
 
     def words() -> None:
         if made.export:
@@ -172,6 +182,54 @@ def export(
             render.proof(made.proof)
 
     _finish(made, words, f"export {precision}", as_json)
+
+
+@app.command()
+def lower(
+    artefact: Artefact = None,
+    *,
+    output: Output = None,
+    form: Form = "auto",
+    backend: Annotated[str, typer.Option(help=f"Runtime that auto decides for: {', '.join(BACKENDS)}.")] = "ort-cpu",
+    batch: Annotated[list[int], typer.Option(help="Images at a time; --calibrate takes several.")] = [1],  # noqa: B006
+    max_weight_growth: Annotated[float, typer.Option(help="Most that all weights together may grow, in times.")] = 6.0,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure each form on this machine, for auto, and lower nothing.")
+    ] = False,
+    precision: Annotated[
+        str | None, typer.Option(metavar="|".join(PRECISIONS), help="Which exported file of a run; else the newest.")
+    ] = None,
+    no_verify: NoVerify = False,
+    as_json: Json = None,
+) -> None:
+    """Rewrite the large convolutions of an ONNX file in a form that a runtime runs fast, and prove it."""
+    from replk_deploy import pipeline
+
+    wanted = options.precision_of(precision) if precision else None
+    if calibrate:
+        with render.bars() as progress:
+            found, path = pipeline.calibrate(
+                artefact, backend=backend, batches=tuple(dict.fromkeys(batch)), precision=wanted, progress=progress
+            )
+        last = f"lower --calibrate {backend}: {len(found.costs)} times · {path}"
+        render.show(found, lambda: render.calibration(found), last, "pass", as_json=as_json)
+        return
+    if len(batch) != 1:
+        raise ReplkError("a file is lowered for one batch", "give --batch once, or add --calibrate")
+    with render.bars() as progress:
+        made = pipeline.lower(
+            artefact,
+            output=output,
+            form=form,
+            backend=backend,
+            batch=batch[0],
+            max_growth=max_weight_growth,
+            precision=wanted,
+            prove=not no_verify,
+            progress=progress,
+        )
+
+    _finish(made, lambda: render.lowering(made), f"lower {made.plan.words or 'nothing'}", as_json)
 
 
 @app.command()
@@ -230,6 +288,7 @@ def build(
     refit: Annotated[
         Path | None, typer.Option(metavar="ENGINE", help="Replace the weights of this engine instead of building.")
     ] = None,
+    lower: Form = "auto",
     no_verify: NoVerify = False,
     allow_unverified: AllowUnverified = False,
     as_json: Json = None,
@@ -255,6 +314,7 @@ def build(
             output=output,
             precision=options.precision_of(precision) if precision else None,
             recipe=recipe,
+            form=lower,
             refit=refit,
             prove=not no_verify,
             allow_unverified=allow_unverified,
@@ -272,6 +332,12 @@ def bench(
     baseline: Annotated[
         list[str], typer.Option(metavar="timm:NAME", help="Another network beside ours; repeatable.")
     ] = [],  # noqa: B006
+    lower: Annotated[
+        list[str],
+        typer.Option(
+            metavar="auto|none|FORM", help="Form of large convolutions; auto decides for backend and batch; repeatable."
+        ),
+    ] = ["auto"],  # noqa: B006
     cuda_graph: Annotated[
         Literal["auto", "on", "off"], typer.Option(help="Replay a CUDA graph; auto measures with and without.")
     ] = "auto",
@@ -298,6 +364,7 @@ def bench(
             backends=tuple(dict.fromkeys(backend)),
             batches=tuple(dict.fromkeys(batch)),
             baselines=tuple(dict.fromkeys(baseline)),
+            forms=tuple(options.form_of(form) for form in dict.fromkeys(lower)),
             settings=Settings(device=device, layout=layout, conv_search=conv_search),
             cuda_graph=cuda_graph,
             max_seconds=max_seconds,

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from replk_deploy.errors import IntegrityError, ReplkError, first_line
 from replk_deploy.metadata import PREFIX, Metadata
-from replk_deploy.precision import TOLERANCES
+from replk_deploy.precision import PRECISIONS, TOLERANCES, Precision
 
 MATRIX = 2  # dimensions
 VERDICT = f"{PREFIX}verdict"
@@ -47,6 +47,19 @@ def header(path: Path) -> Metadata | None:
             "export it again: replk export --onnx",
         )
     return metadata
+
+
+def precision_of(path: Path) -> Precision:
+    """Return the precision that the types of a graph's convolutions show; for files that do not say.
+
+    Raises:
+        ReplkError: it convolves nothing, or in no type or several.
+    """
+    kernels = _kernels(load(path).graph)
+    found: list[Precision] = [name for name in PRECISIONS if {TOLERANCES[name].onnx} == kernels]
+    if not found:
+        raise ReplkError(f"{path} convolves in {', '.join(sorted(kernels)) or 'no type'}", "name a network in one type")
+    return found[0]
 
 
 def _kernels(graph: onnx.GraphProto) -> set[str]:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.errors import ReplkError
 from replk_deploy.fuse import batch_norms
+from replk_deploy.lowerings.base import LARGE
 from replk_deploy.models.reparam import Reparam
-
-LARGE = 7  # kernels from this size on are called large
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,26 +10,21 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import onnx
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import ShapeInferencePass
-from torch import Tensor, nn
 
 from replk_deploy import graph
 from replk_deploy.errors import ReplkError
 from replk_deploy.export import LIMIT_BYTES
-from replk_deploy.inspect import LARGE
-from replk_deploy.lowerings import LOWERINGS
-from replk_deploy.lowerings.base import Array, Candidate, LargeConv, constant_of, crop
+from replk_deploy.lowerings import LOWERINGS, NONE, modules
+from replk_deploy.lowerings.base import LARGE, Candidate, LargeConv, constant_of
 from replk_deploy.lowerings.rewriting import Job, candidates, rewrite
 from replk_deploy.models.base import Network
 
-NONE = "none"  # the choice to leave a convolution what it is
 UNKNOWN = "its height or width is not fixed"
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16, and a rewrite only moves bits
 Choose = Callable[[LargeConv], str]
 
 
@@ -102,9 +97,14 @@ def find(path: Path) -> tuple[LargeConv, ...]:
     return tuple(_sized(c) for _, c in _candidates(_open(path)) if not c.why)
 
 
+def sized(path: Path) -> bool:
+    """Tell whether the map of every convolution that can be lowered has a known size."""
+    return all(c.map is not None for _, c in _candidates(_open(path)) if not c.why)
+
+
 def find_network(network: Network, size: tuple[int, int]) -> tuple[LargeConv, ...]:
     """Name the convolutions of a network that can be lowered, for images of a size."""
-    return tuple(_sized(c) for c in _modules(network, size) if not c.why)
+    return tuple(_sized(c) for c in modules.candidates(network, size) if not c.why)
 
 
 def lower_graph(path: Path, out: Path, choose: Choose | None = None, *, channel_major: bool = False) -> Lowered:
@@ -152,15 +152,10 @@ def lower_network(network: Network, size: tuple[int, int], choose: Choose | None
         size: height and width of the images.
         choose: a name in LOWERINGS or "none" for each; None only crops.
     """
-    twin = type(network).empty(network.geometry, network.form)
-    twin.load_state_dict(network.state_dict(), assign=True)
-    sites = tuple(_decide(candidate, choose) for candidate in _modules(network, size))
-    for site in sites:
-        if site.changed and site.map is not None:
-            place = LargeConv(name=site.name, channels=site.channels, kernel=site.kernel, map=site.map)
-            twin.set_submodule(site.name, _module(place, site.choice, twin.get_submodule(site.name)))
+    sites = tuple(_decide(candidate, choose) for candidate in modules.candidates(network, size))
+    twin = modules.rewritten(network, size, {site.name: site.choice for site in sites if site.changed})
     before, after = (sum(p.nbytes for p in net.parameters()) for net in (network, twin))
-    return twin.eval(), Lowered(sites=sites, chains=0, bytes_before=before, bytes_after=after)
+    return twin, Lowered(sites=sites, chains=0, bytes_before=before, bytes_after=after)
 
 
 def _decide(candidate: Candidate, choose: Choose | None) -> LoweredSite:
@@ -223,66 +218,3 @@ def _weights(of: ir.Graph) -> int:
     tensors = [value.const_value for value in of.initializers.values()]
     tensors += [constant_of(node.outputs[0]) for node in of if node.op_type == "Constant"]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def _modules(network: Network, size: tuple[int, int]) -> list[Candidate]:
-    """Find the large convolutions of a network in the order of their names, without computing anything."""
-    twin = type(network).empty(network.geometry, network.form)
-    maps: dict[str, set[tuple[int, int]]] = {}
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            maps.setdefault(name, set()).add((args[0].shape[-2], args[0].shape[-1]))
-
-        return hook
-
-    large = {name: m for name, m in twin.named_modules() if isinstance(m, nn.Conv2d) and _is_large(m)}
-    for name, module in large.items():
-        module.register_forward_pre_hook(look(name))
-    with torch.no_grad():
-        twin(torch.empty(1, 3, *size, device="meta"))
-    return [
-        Candidate(
-            name=name,
-            channels=conv.in_channels,
-            kernel=(conv.kernel_size[0], conv.kernel_size[1]),
-            map=next(iter(maps[name])),
-            itemsize=network.get_parameter(f"{name}.weight").itemsize,
-            why="it meets maps of several sizes" if len(maps[name]) > 1 else "",
-        )
-        for name, conv in large.items()
-        if name in maps
-    ]
-
-
-def _is_large(conv: nn.Conv2d) -> bool:
-    high, wide = conv.kernel_size
-    padded = conv.padding == "same" or conv.padding == (high // 2, wide // 2)
-    plain = {*conv.stride, *conv.dilation} == {1} and conv.padding_mode == "zeros"
-    depthwise = conv.groups == conv.in_channels == conv.out_channels
-    return bool(depthwise and plain and padded and high % 2 and wide % 2 and max(high, wide) >= LARGE)
-
-
-def _module(site: LargeConv, choice: str, conv: nn.Module) -> nn.Module:
-    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # nothing else was looked at
-    bias = conv.bias
-    if choice == NONE:
-        made = nn.Conv2d(
-            site.channels, site.channels, site.taps, padding=site.padding, groups=site.channels, device="meta"
-        )
-        made.weight = nn.Parameter(_moved(conv.weight, lambda k: crop(site, k)), requires_grad=False)
-        made.bias = bias
-        return made
-    lowering = LOWERINGS[choice]
-    return lowering.module(
-        site,
-        _moved(conv.weight, lambda kernel: lowering.weight(site, kernel)),
-        None if bias is None else _moved(bias, lambda b: lowering.bias(site, b)),
-    )
-
-
-def _moved(tensor: Tensor, move: Callable[[Array], Any]) -> Tensor:
-    """Rearrange the bits of a tensor in numpy."""
-    bits = tensor.detach().cpu().contiguous().view(BITS[tensor.itemsize])
-    moved: Tensor = torch.from_numpy(move(bits.numpy()).copy()).view(tensor.dtype)
-    return moved.to(tensor.device)

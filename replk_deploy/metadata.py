@@ -40,7 +40,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
-    """What a file of ours says of itself; `batch` is the range of an ONNX file, as Batch.parse reads it."""
+    """What a file of ours says of itself.
+
+    Attributes:
+        batch: the range of an ONNX file, as Batch.parse reads it.
+        lowered: which forms large convolutions took, in words; empty when they are what they were.
+    """
 
     family: str
     form: Form
@@ -52,6 +57,7 @@ class Metadata:
     source_name: str
     selected: str = ""
     batch: str = ""
+    lowered: str = ""
     version: str = __version__
     verdict: Verdict | None = None
 

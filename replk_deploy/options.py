@@ -10,6 +10,8 @@ from replk_deploy.errors import ReplkError
 from replk_deploy.precision import PRECISIONS
 from replk_deploy.precision import Precision as Named
 
+FORMS = ("auto", "none", "grouped", "dense", "strip")
+
 
 def _record(path: Path | None) -> Path | None:
     if path is not None and path.suffix != ".json" and str(path) != "-":
@@ -46,6 +48,11 @@ AllowUnverified = Annotated[
     bool, typer.Option("--allow-unverified", help="Take a file that no verdict vouches for; the result says so.")
 ]
 
+Form = Annotated[
+    Literal["auto", "none", "grouped", "dense", "strip"],
+    typer.Option("--lower", help="Form of large convolutions; auto decides for backend and batch."),
+]
+
 
 def share_of(text: str | None) -> float | None:
     """Read a share: 3% or 0.03."""
@@ -68,6 +75,13 @@ def precision_of(text: str) -> Named:
     """Read --precision."""
     if text not in PRECISIONS:
         raise ReplkError(f"--precision {text} is not known", f"choose from {', '.join(PRECISIONS)}")
+    return text
+
+
+def form_of(text: str) -> Any:
+    """Read --lower."""
+    if text not in FORMS:
+        raise ReplkError(f"--lower {text} is not known", f"choose from {', '.join(FORMS)}")
     return text
 
 

@@ -136,7 +136,7 @@ def inspection(seen: Any) -> None:
         out.print(f"[yellow]note[/] {escape(doubt)}", soft_wrap=True)
 
 
-def proof(found: Any) -> None:
+def proof(found: Any, *, places: bool = True) -> None:
     """Print how far each state is from float64."""
     against = ", ".join(dict.fromkeys(row.against for row in found.agreements)) or "nothing"
     table = _table("state", "rel. L2", "limit", "share", "verdict", title=f"against {against}")
@@ -147,7 +147,7 @@ def proof(found: Any) -> None:
             escape(row.name), f"{row.rel_l2:.1e}", f"{limit:.1e}", f"{row.worst:.2f}", f"[{colour}]{row.state}[/]"
         )
     out.print(table)
-    if found.modules:
+    if found.modules and places:
         worst = max(found.modules.values())
         out.print(f"{len(found.modules)} re-parameterised blocks alone: worst {worst:.1e}, limit 1.0e-12")
     ties, flips = sum(a.ties for a in found.agreements), sum(a.flips for a in found.agreements)
@@ -275,6 +275,56 @@ def doctor(found: Any) -> None:
     out.print(table)
     for trouble in found.troubles:
         out.print(f"[red]known trouble[/] {escape(trouble.problem)}\n  {escape(trouble.fix)}", soft_wrap=True)
+
+
+def lowering(made: Any) -> None:
+    """Print what became of the large convolutions, like ones together, and why."""
+    plan, sites = made.plan, made.lowered.sites
+    decided = {d.site.name: d for d in plan.decisions}
+    alike: dict[tuple[Any, ...], int] = {}
+    for site in sites:
+        decision = decided.get(site.name)
+        times = tuple(decision.ms.items()) if decision else ()
+        why = site.reason or (decision.why if decision else "asked for")
+        key = (site.kernel, site.taps, site.channels, site.map, site.choice, why, times, site.bytes_after)
+        alike[key] = alike.get(key, 0) + 1
+    table = _table("kernel", "channels", "map", "form", "ms, of forms", "MB", "because", title="large convolutions")
+    for (kernel, taps, channels, size, choice, why, times, held), count in alike.items():
+        cropped = "" if taps == kernel else f" → {taps[0]}x{taps[1]}"
+        costs = ", ".join(
+            f"{'[bold]' if f == choice else ''}{f} {ms:.3g}{'[/]' if f == choice else ''}" for f, ms in times
+        )
+        table.add_row(
+            f"{f'{count} x ' if count > 1 else ''}{kernel[0]}x{kernel[1]}{cropped}",
+            str(channels),
+            "x".join(map(str, size)) if size else "?",
+            choice,
+            costs or "–",
+            f"{held / 1e6:.1f}",
+            why,
+        )
+    out.print(table if sites else "no large convolution: the graph is what it was")
+    grown = f"weights {made.lowered.bytes_before / 1e6:.1f} → {made.lowered.bytes_after / 1e6:.1f} MB"
+    out.print(f"{grown}, {made.lowered.growth:.2f} times" + (f"; times: {plan.source}" if plan.source else ""))
+    if made.errors:
+        worst = max(made.errors.values())
+        out.print(f"{len(made.errors)} places alone, in float64: worst {worst:.1e}, limit 1.0e-12")
+    if made.proof:
+        proof(made.proof, places=False)
+
+
+def calibration(found: Any) -> None:
+    """Print what each form of each convolution costs."""
+    forms = list(dict.fromkeys(cost.form for cost in found.costs))
+    table = _table("kernel", "channels", "map", "batch", *(f"{form} ms" for form in forms), title="calibration")
+    rows: dict[tuple[Any, ...], dict[str, float]] = {}
+    for cost in found.costs:
+        rows.setdefault((cost.taps, cost.channels, cost.map, cost.batch), {})[cost.form] = cost.ms
+    for (taps, channels, size, batch), times in rows.items():
+        best = min(times, key=lambda form: times[form])
+        cells = (f"[bold]{times[f]:.3g}[/]" if f == best else f"{times[f]:.3g}" if f in times else "–" for f in forms)
+        table.add_row(f"{taps[0]}x{taps[1]}", str(channels), f"{size[0]}x{size[1]}", str(batch), *cells)
+    out.print(table)
 
 
 def accuracy(steps: Sequence[Any]) -> None:

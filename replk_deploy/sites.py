@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from replk_deploy import graph
-from replk_deploy.inspect import LARGE
+from replk_deploy.lowerings.base import LARGE
 from replk_deploy.models.base import Network
 
 SEPARATORS = re.compile(r"[\s+,()\[\]{}]+")  # between the names in that of a fused layer

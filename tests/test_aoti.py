@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,34 @@ def test_without_a_compiler_it_says_what_to_install(files: Files, tmp_path: Path
         words = pytest.raises(UnavailableError, match=r"AOTInductor needs a C\+\+ compiler.*apt-get install g\+\+")
         with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), words:
             ask()
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        ('g++ -static-libstdc++ "$@"', r"crashes beside PyTorch \(SIG(ABRT|SEGV)\)"),
+        ('g++ "$@" -Dkernel=other', "does not open in PyTorch"),
+    ],
+)
+def test_a_compiler_whose_work_takes_the_process_down_is_refused(
+    plant: str, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "g++"
+    script.write_text(f"#!/bin/sh\nexec {plant}\n", encoding="utf-8")
+    script.chmod(0o755)
+    with torch._inductor.config.patch({"cpp.cxx": (str(script),)}):
+        with pytest.raises(UnavailableError, match=rf"AOTInductor: what the C\+\+ compiler builds {words}") as caught:
+            Aoti.probe()
+        assert compiler.of("cpu", "torch.compile"), "its kernels use nothing of the kind"
+    assert caught.value.remedy.startswith("use torch-compile")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_compiler_builds_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SECONDS", 0.2)
+    monkeypatch.setattr(compiler, "_call", lambda _: time.sleep(60))
+    with pytest.raises(UnavailableError, match="SIGKILL"):
+        Aoti.probe()
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ LAYERS: list[set[str]] = [
     {"precision", "progress", "records", "files", "optional", "batch"},
     {"models", "preprocess", "onednn", "tf32", "quantiles", "clocks", "machine", "metadata"},
     {"weights", "graph", "container", "measurement"},
-    {"backends", "lowerings"},
+    {"lowerings"},
+    {"backends"},
     {
         "checkpoint",
         "fuse",

@@ -26,6 +26,7 @@ from replk_deploy.backends.cuda import Device
 from replk_deploy.backends.torch import CpuLaunch
 from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.errors import ContractError, ReplkError, UnavailableError, first_line
+from replk_deploy.lowerings import modules
 from replk_deploy.models.base import Network
 from replk_deploy.precision import PRECISIONS, TOLERANCES, Precision
 from replk_deploy.progress import Progress
@@ -42,14 +43,14 @@ class Aoti(Engine):
     precisions: ClassVar[frozenset[Precision]] = frozenset(PRECISIONS)
     honours: ClassVar[frozenset[str]] = frozenset({"cuda_graph"})
     suffix: ClassVar[str] = ".pt2"
-    ingredients: ClassVar[frozenset[str]] = frozenset({"batches"})
+    ingredients: ClassVar[frozenset[str]] = frozenset({"batches", "forms"})
 
     @classmethod
     def probe(cls) -> Mapping[str, str]:
         """Return versions, device and compilers.
 
         Raises:
-            UnavailableError: nothing works that compiles for the device.
+            UnavailableError: nothing works that compiles for the device, or what it builds crashes.
         """
         device = cuda.choose(DEFAULT, cls.name)
         return cuda.describe(device) | _compilers(device)
@@ -69,6 +70,7 @@ class Aoti(Engine):
         device = cuda.choose(DEFAULT, cls.name)
         compilers = _compilers(device)
         model, metadata = weights.read(source)
+        model = modules.rewritten(model, metadata.preprocessing.size, dict(recipe.forms))
         size, dtype = metadata.preprocessing.size, TOLERANCES[metadata.precision].torch_dtype
         stalls = device == "cpu" and onednn.stalls(model)
         progress(f"build {cls.name}", 0, STEPS)
@@ -151,7 +153,7 @@ class Aoti(Engine):
 def _compilers(device: Device) -> dict[str, str]:
     """Name what AOTInductor compiles with: C++ for the frame, and on a GPU Triton for the kernels."""
     gpu = compiler.triton("AOTInductor") if device == "cuda" else {}
-    return compiler.cpp("AOTInductor") | gpu
+    return compiler.cpp("AOTInductor", opened=True) | gpu
 
 
 def _made_with(device: Device) -> dict[str, str]:

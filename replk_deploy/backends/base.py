@@ -69,12 +69,14 @@ class Settings(_Choices):
         cuda_graph: whether a launch replays a captured CUDA graph.
         layout: memory layout of the activations; `auto` is the backend's own choice.
         conv_search: how ONNX Runtime's CUDA provider picks an algorithm for a convolution.
+        forms: by name, the form that each large convolution of a weights file takes, as in LOWERINGS.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cuda_graph: bool = False
     layout: Literal["auto", "nchw", "nhwc"] = "auto"
     conv_search: Literal["exhaustive", "heuristic", "default"] = "exhaustive"
+    forms: tuple[tuple[str, str], ...] = ()
 
 
 DEFAULT = Settings()
@@ -93,6 +95,7 @@ class Recipe(_Choices):
         hardware: other GPUs that may open the engine.
         version_compatible: whether later versions of the runtime may open it.
         refittable: whether its weights may be replaced.
+        forms: by name, the form that each large convolution of a weights file takes, as in LOWERINGS.
     """
 
     batches: tuple[Batch, ...] = ()
@@ -103,6 +106,7 @@ class Recipe(_Choices):
     hardware: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
     version_compatible: bool = False
     refittable: bool = False
+    forms: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,14 @@
 The part for GPUs has not been executed on one yet.
 """
 
+import ctypes
+import faulthandler
+import multiprocessing
+import os
+import signal
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
@@ -18,23 +24,37 @@ from replk_deploy.errors import UnavailableError, first_line
 SOURCE = """
 #include <Python.h>
 #include <omp.h>
+#include <locale>
 #include <vector>
-extern "C" int kernel() { return std::vector<int>(1).front(); }
+extern "C" int kernel() {
+    const char text[] = "a";  // what std::regex asks for a range of letters, without the seconds that it takes to build
+    const auto& order = std::use_facet<std::collate<char>>(std::locale());
+    return std::vector<int>(1).front() + order.transform(text, text + 1).empty();
+}
 """
+SECONDS = 20  # that a call of no work may take
 
 
-def cpp(name: str) -> dict[str, str]:
+def cpp(name: str, *, opened: bool = False) -> dict[str, str]:
     """Name the C++ compiler that PyTorch uses, once it has built a few lines with it.
 
+    Args:
+        name: of what needs it.
+        opened: call what was built, too. The frame of an AOTInductor package uses std::regex, which takes the
+            process down where the compiler links a second libstdc++ into it.
+
     Raises:
-        UnavailableError: none works.
+        UnavailableError: none works, or what it builds does not work in this process.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "kernel.cpp")
             source.write_text(SOURCE, encoding="utf-8")
             options = CppTorchOptions(warning_all=False)
-            CppBuilder("kernel", [str(source)], options, folder).build()
+            builder = CppBuilder("kernel", [str(source)], options, folder)
+            builder.build()
+            if opened:
+                _survive(name, builder.get_target_file_path())
             return {"compiler": Path(options.get_compiler()).name}
     except (InvalidCxxCompiler, CppCompileError, OSError, subprocess.SubprocessError) as exc:
         raise UnavailableError(
@@ -59,3 +79,32 @@ def triton(name: str) -> dict[str, str]:
 def of(device: Device, name: str) -> dict[str, str]:
     """Name what compiles for a device; UnavailableError when that is missing."""
     return cpp(name) if device == "cpu" else triton(name)
+
+
+def _survive(name: str, library: str) -> None:
+    """Call a library in a twin of this process, which is loaded with PyTorch and whatever else is here."""
+    twin = multiprocessing.get_context("fork").Process(target=_call, args=(library,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the twin waits for none
+        twin.start()
+    twin.join(SECONDS)
+    if twin.exitcode is None:
+        twin.kill()
+        twin.join()
+    code = twin.exitcode or 0
+    if code:
+        how = f"crashes beside PyTorch ({signal.Signals(-code).name})" if code < 0 else "does not open in PyTorch"
+        raise UnavailableError(
+            f"{name}: what the C++ compiler builds {how}; is its libstdc++ another one, linked statically?",
+            "use torch-compile, or a g++ that links libstdc++ dynamically",
+        )
+
+
+def _call(library: str) -> None:
+    faulthandler.disable()  # nobody reads the last words of a twin
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        code = ctypes.CDLL(library).kernel()
+    except (OSError, AttributeError):
+        code = 1
+    raise SystemExit(code)

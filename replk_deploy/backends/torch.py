@@ -25,6 +25,7 @@ from replk_deploy.backends.base import DEFAULT, Array, Arrays, Backend, Launch, 
 from replk_deploy.backends.cuda import Device
 from replk_deploy.backends.leaves import leaf_times
 from replk_deploy.errors import ContractError
+from replk_deploy.lowerings import modules
 from replk_deploy.models.base import Network
 from replk_deploy.precision import PRECISIONS, TOLERANCES, Precision
 
@@ -42,7 +43,7 @@ class TorchRuntime(Backend):
 
     takes: ClassVar[Literal["weights", "onnx"]] = "weights"
     precisions: ClassVar[frozenset[Precision]] = frozenset(PRECISIONS)
-    honours: ClassVar[frozenset[str]] = frozenset({"device", "cuda_graph", "layout"})
+    honours: ClassVar[frozenset[str]] = frozenset({"device", "cuda_graph", "layout", "forms"})
 
     @classmethod
     @final
@@ -69,6 +70,7 @@ class TorchRuntime(Backend):
         self.device = cuda.choose(settings, self.name)
         self.facts = facts = self._here(self.device)
         model, metadata = weights.read(artefact)
+        model = modules.rewritten(model, metadata.preprocessing.size, dict(settings.forms))
         self.precision = metadata.precision
         self.outputs = model.geometry.outputs
         self._dtype: torch.dtype = TOLERANCES[self.precision].torch_dtype

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from replk_deploy.errors import ReplkError
 
 Array = npt.NDArray[Any]
+LARGE = 7  # from here on a kernel is large, in one direction at least
 MOST_ELEMENTS = 2**30  # of one weight: 2 GiB in half precision, which no ONNX file holds
 
 

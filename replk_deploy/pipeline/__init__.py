@@ -1,7 +1,7 @@
 """One function per command; the only place where the steps meet. Start reading here.
 
-    checkpoint ──fuse──▶ fused.safetensors ──export──▶ model.<precision>.onnx ──build──▶ engine ──bench──▶ latencies
-         └───────────────── proof: every file against the float64 network ─────────────────┘
+    checkpoint ─fuse▶ fused.safetensors ─export▶ model.<precision>.onnx ─lower▶ .onnx ─build▶ engine ─bench▶ latencies
+         └─────────────────── proof: every file against the float64 network ───────────────────┘
 
 A file gets its final name only after its proof. One that fails is kept apart, under `rejected`.
 """
@@ -13,6 +13,7 @@ from replk_deploy.pipeline.deploying import Deployment, deploy
 from replk_deploy.pipeline.exporting import Exported, export
 from replk_deploy.pipeline.fusing import Fused, fuse
 from replk_deploy.pipeline.inspecting import inspect
+from replk_deploy.pipeline.lowering import LoweredFile, calibrate, export_lowered, lower
 from replk_deploy.pipeline.profiling import profile
 from replk_deploy.pipeline.verifying import verify
 
@@ -22,13 +23,17 @@ __all__ = [
     "Deployment",
     "Exported",
     "Fused",
+    "LoweredFile",
     "bench",
     "build",
+    "calibrate",
     "compare",
     "deploy",
     "export",
+    "export_lowered",
     "fuse",
     "inspect",
+    "lower",
     "profile",
     "verify",
 ]

@@ -16,14 +16,16 @@ from replk_deploy import backends as runtimes
 from replk_deploy import bench as benching
 from replk_deploy import files, records, sources
 from replk_deploy import proof as proving
-from replk_deploy.backends.base import Array, Backend, Launch, Settings
+from replk_deploy.backends.base import Array, Backend, Engine, Launch, Settings
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.bench import Bench
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError, UnavailableError
 from replk_deploy.lanes import Contestant
+from replk_deploy.lowerings import NONE
 from replk_deploy.measurement import row_name
 from replk_deploy.metadata import Metadata
-from replk_deploy.pipeline import building, racing
+from replk_deploy.pipeline import building, lowering, racing
+from replk_deploy.pipeline.lowering import AUTO, Form, Plan
 from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle
@@ -32,6 +34,7 @@ from replk_deploy.workspace import ROOT, Workspace
 
 Graphs = Literal["auto", "on", "off"]
 GRAPHS: dict[Graphs, tuple[bool, ...]] = {"auto": (False, True), "on": (True,), "off": (False,)}
+LOWERED = "lowered"  # label of rows beside those of the same network as it is
 ROTATE = 4  # distinct inputs that take turns
 
 
@@ -53,14 +56,22 @@ class Benched:
 
 
 class _Runner(NamedTuple):
-    """One network as one backend opens it."""
+    """One network as one backend opens it for some batches, lowered or not; `portable` is what it was lowered from."""
 
     label: str
     kind: type[Backend]
+    portable: Path
     path: Path
+    plan: Plan | None
+    batches: tuple[int, ...]
     metadata: Metadata | None
     oracle: Oracle | None
     verdict: Literal["pass", "unverified"]
+
+    @property
+    def key(self) -> str:
+        """Name it by what tells it from the others."""
+        return " ".join(filter(None, (self.label, self.kind.name)))
 
 
 @dataclass
@@ -80,6 +91,7 @@ def bench(
     backends: Sequence[str],
     batches: Sequence[int] = (1,),
     baselines: Sequence[str] = (),
+    forms: Sequence[Form] = (AUTO,),
     settings: Settings | None = None,
     cuda_graph: Graphs = "auto",
     max_seconds: float = 60.0,
@@ -90,7 +102,7 @@ def bench(
     root: Path = ROOT,
     progress: Progress = silent,
 ) -> Benched:
-    """Time an artefact on runtimes, judged just before where its weights are at hand.
+    """Time an artefact on runtimes, lowered for each, and judged just before where its weights are at hand.
 
     What a run lacks for a backend is built and proved first. A row that fails while it is prepared or
     timed leaves the race; the others go on.
@@ -119,11 +131,12 @@ def bench(
             runners += [_baseline(baseline, runner, folder, progress) for runner in own]
         found = _Found()
         for runner in runners:
-            _enter_all(found, opened, runner, settings, cuda_graph, batches, idle_ms, progress)
+            for lowered in _lowered(runner, run if runner in own else None, forms, folder, root, progress):
+                _enter_all(found, opened, lowered, settings, cuda_graph, idle_ms, progress)
         if not found.contestants:
             raise found.last or ReplkError("there is nothing to time", "name a backend")
         models = {contestant.model for contestant in found.contestants}
-        label = racing.label(baselines[0]) if baselines else None
+        label = racing.label(baselines[0]) if baselines else "" if len(models) > 1 else None
         result = benching.measure(
             found.contestants,
             baseline_model=label if label in models else None,
@@ -155,7 +168,6 @@ def _enter_all(
     runner: _Runner,
     settings: Settings,
     cuda_graph: Graphs,
-    batches: Sequence[int],
     idle_ms: float,
     progress: Progress,
 ) -> None:
@@ -165,17 +177,20 @@ def _enter_all(
         MismatchError: it answers wrongly.
         IntegrityError: its file is not what it should be.
     """
-    key, sha256 = " ".join(filter(None, (runner.label, runner.kind.name))), files.sha256(runner.path)
+    key, sha256 = runner.key, files.sha256(runner.path)
+    if runner.plan:
+        settings = dataclasses.replace(settings, forms=tuple(runner.plan.forms.items()))
     try:
         for backend, graph, load_s in _open(opened, runner, settings, cuda_graph):
             facts = {"artefact": runner.path.name, "sha256": sha256, "verdict": runner.verdict}
-            agreement = _judge(key, runner, backend, batches, progress)
+            facts["lowering"] = runner.plan.words if runner.plan else NONE
+            agreement = _judge(key, runner, backend, progress)
             if agreement is not None:
                 found.agreements[key] = agreement
                 facts |= {"error": agreement.sentence, "judged_by": agreement.against}
                 if not agreement.passed:
                     raise MismatchError(f"{key} answers wrongly: {agreement.sentence}", "do not deploy it")
-            for count in batches:
+            for count in runner.batches:
                 images = [
                     proving.probe_for(backend, runner.metadata, count=count, seed=n).images for n in range(ROTATE)
                 ]
@@ -200,14 +215,15 @@ def _enter_all(
         found.last = exc
 
 
-def _judge(key: str, runner: _Runner, backend: Backend, batches: Sequence[int], progress: Progress) -> Agreement | None:
+def _judge(key: str, runner: _Runner, backend: Backend, progress: Progress) -> Agreement | None:
     """Judge a backend by float64 where weights are at hand, else by the ONNX file on ONNX Runtime's CPU provider."""
     if runner.oracle is not None and runner.metadata is not None:
         progress(f"verify {key}", 0, None)
-        return proving.judge_backend(key, runner.oracle, backend, runner.metadata, batches=batches)
-    if runner.path.suffix == ".onnx" and backend.name != OrtCpu.name:
+        return proving.judge_backend(key, runner.oracle, backend, runner.metadata, batches=runner.batches)
+    if runner.path.suffix == ".onnx" and (backend.name != OrtCpu.name or runner.plan):
         progress(f"verify {key}", 0, None)
-        return proving.prove_by_graph(runner.path, backend, runner.metadata, batches=batches).agreements[0]
+        proof = proving.prove_by_graph(runner.portable, backend, runner.metadata, batches=runner.batches)
+        return proof.agreements[0]
     return None
 
 
@@ -258,15 +274,50 @@ def _runners(
         verdict: Literal["pass", "unverified"] = (
             "unverified" if allow_unverified and not sources.sound(path) else "pass"
         )
-        found.append(_Runner("", kind, path, metadata, oracle, verdict))
+        found.append(_Runner("", kind, path, path, None, tuple(batches), metadata, oracle, verdict))
     return found
+
+
+def _lowered(
+    runner: _Runner, run: Workspace | None, forms: Sequence[Form], folder: Path, root: Path, progress: Progress
+) -> Iterator[_Runner]:
+    """Yield a runner in each form that was asked for; batches that take the same forms stay together.
+
+    Where it is timed both as it is and lowered, the lowered rows are told apart by their label.
+    """
+    if issubclass(runner.kind, Engine):
+        yield runner
+        return
+    done = set[tuple[tuple[tuple[str, str], ...], int]]()
+    for form in forms:
+        ways: dict[tuple[tuple[str, str], ...], tuple[Path, Plan | None, list[int]]] = {}
+        for count in runner.batches:
+            path, plan = lowering.needed(
+                runner.path,
+                runner.kind,
+                run,
+                form=form,
+                batch=count,
+                folder=folder,
+                oracle=runner.oracle,
+                root=root,
+                progress=progress,
+            )
+            key = tuple(plan.forms.items()) if plan else ()
+            if (key, count) not in done:
+                ways.setdefault(key, (path, plan, []))[2].append(count)
+                done.add((key, count))
+        for path, plan, counts in ways.values():
+            apart = "" if len(forms) == 1 or plan is None else LOWERED if form == AUTO else form
+            label = " ".join(filter(None, (runner.label, apart)))
+            yield runner._replace(label=label, path=path, plan=plan, batches=tuple(counts))
 
 
 def _baseline(name: str, beside: _Runner, folder: Path, progress: Progress) -> _Runner:
     """Return another network on the backend of ours, in the same precision."""
     precision = beside.metadata.precision if beside.metadata else "fp32"
     path, metadata, oracle = racing.write(name, beside.kind, precision, folder, progress)
-    return _Runner(racing.label(name), beside.kind, path, metadata, oracle, "pass")
+    return _Runner(racing.label(name), beside.kind, path, path, None, beside.batches, metadata, oracle, "pass")
 
 
 def _open(

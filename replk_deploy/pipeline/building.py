@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,14 @@ from replk_deploy import proof as proving
 from replk_deploy.backends import sidecar
 from replk_deploy.backends.base import Backend, Engine, Recipe
 from replk_deploy.backends.sidecar import Sidecar
-from replk_deploy.batch import Batch
-from replk_deploy.errors import ContractError, IntegrityError, MismatchError, ReplkError
+from replk_deploy.batch import DYNAMIC, Batch
+from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.metadata import Verdict
-from replk_deploy.pipeline import entries, exporting, fusing
+from replk_deploy.pipeline import entries, exporting, lowering
+from replk_deploy.pipeline.lowering import AUTO, Form
 from replk_deploy.precision import Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof
-from replk_deploy.sources import FUSED
 from replk_deploy.workspace import ROOT, Workspace
 
 
@@ -46,13 +47,14 @@ def build(
     output: Path | None = None,
     precision: Precision | None = None,
     recipe: Recipe | None = None,
+    form: Form = AUTO,
     refit: Path | None = None,
     prove: bool = True,
     allow_unverified: bool = False,
     root: Path = ROOT,
     progress: Progress = silent,
 ) -> Built:
-    """Build the engine of a backend from a run or one file, in the run or at `output`.
+    """Build the engine of a backend from a run or one file, lowered for it, in the run or at `output`.
 
     Raises:
         ReplkError: the backend opens exported files as they are, or starts from another kind of file.
@@ -64,28 +66,34 @@ def build(
     run, single = sources.run_or_file(artefact, root)
     if single:
         sources.check_kind(single, kind, sources.starts_from(kind))
-    source = single or needed_source(run, kind, precision, progress, any_verdict=allow_unverified)
+    source = single or exporting.needed(run, kind, precision, progress, any_verdict=allow_unverified)
     if run is None and output is None:
         output = source.with_name(f"{source.stem}.{kind.name}{kind.suffix}")
     oracle = sources.oracle_of(run, single) if prove else None
-    return build_file(
-        source,
-        kind,
-        run,
-        output=output,
-        oracle=oracle,
-        recipe=recipe or Recipe(),
-        refit=refit,
-        prove=prove,
-        allow_unverified=allow_unverified,
-        progress=progress,
-    )
+    recipe, name = recipe or Recipe(), engine_name(kind, source)
+    with tempfile.TemporaryDirectory() as folder:
+        if refit is None:
+            source, recipe = _lowered(source, kind, run, recipe, form, Path(folder), oracle, root, progress)
+        return build_file(
+            source,
+            kind,
+            run,
+            name,
+            output=output,
+            oracle=oracle,
+            recipe=recipe,
+            refit=refit,
+            prove=prove,
+            allow_unverified=allow_unverified,
+            progress=progress,
+        )
 
 
 def build_file(
     source: Path,
     kind: type[Engine],
     run: Workspace | None,
+    name: str,
     *,
     output: Path | None = None,
     oracle: Oracle | None = None,
@@ -95,13 +103,26 @@ def build_file(
     allow_unverified: bool = False,
     progress: Progress = silent,
 ) -> Built:
-    """Build an engine from one file and judge it, by the float64 network where its weights are at hand."""
+    """Build an engine from one file and judge it, by the float64 network where its weights are at hand.
+
+    Args:
+        source: the file, lowered or not.
+        kind: of the engine.
+        run: keeps it under `name`, unless there is an `output`.
+        name: in a run.
+        output: where to write instead.
+        oracle: the float64 network.
+        recipe: how to build.
+        refit: an engine whose weights are replaced instead.
+        prove: whether to judge it.
+        allow_unverified: whether to take a file that no verdict vouches for.
+        progress: told while it is built and judged.
+    """
     doubt = _doubt(source, allow_unverified=allow_unverified)
     if refit is not None and recipe.made():
         raise ReplkError("a refitted engine keeps the recipe of the old one", "leave out all but --refit and -o")
     if refit is not None and sidecar.read(refit).backend != kind.name:
         raise ReplkError(f"{refit} was not built for {kind.name}", f"name an engine of {kind.name} with --refit")
-    name = engine_name(kind, source)
     final = output or (run.path(name) if run else Path(name))
     if final.suffix != kind.suffix:
         raise ReplkError(f"{final} has no known ending", f"end it in {kind.suffix}")
@@ -146,9 +167,10 @@ def needed(
     *,
     any_verdict: bool,
     batches: Sequence[int] = (),
+    form: Form = AUTO,
 ) -> Path:
     """Return the newest sound artefact of a run that a backend can open, making it when there is none."""
-    source = needed_source(run, kind, precision, progress, any_verdict=any_verdict, batches=batches)
+    source = exporting.needed(run, kind, precision, progress, any_verdict=any_verdict, batches=batches)
     if run is None or not issubclass(kind, Engine):
         return source
     name = engine_name(kind, source)
@@ -160,48 +182,37 @@ def needed(
             with contextlib.suppress(IntegrityError), kind(engine):  # another version or device: built again
                 return engine
     oracle = sources.oracle_of(run, None)
-    built = build_file(
-        source, kind, run, oracle=oracle, recipe=Recipe(), allow_unverified=any_verdict, progress=progress
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        lowered, recipe = _lowered(source, kind, run, Recipe(), form, Path(folder), oracle, run.folder.parent, progress)
+        built = build_file(
+            lowered, kind, run, name, oracle=oracle, recipe=recipe, allow_unverified=any_verdict, progress=progress
+        )
     if built.verdict.state == "rejected":
         raise MismatchError(f"{built.file} was rejected: {built.verdict.why}", "do not deploy it")
     return built.file
 
 
-def needed_source(
+def _lowered(
+    source: Path,
+    kind: type[Engine],
     run: Workspace | None,
-    kind: type[Backend],
-    precision: Precision | None,
+    recipe: Recipe,
+    form: Form,
+    folder: Path,
+    oracle: Oracle | None,
+    root: Path,
     progress: Progress,
-    *,
-    any_verdict: bool,
-    batches: Sequence[int] = (),
-) -> Path:
-    """Return the newest sound artefact of a run that a backend can start from, exporting it when there is none.
-
-    One whose batch can take all of `batches` comes before newer ones that cannot.
-    """
-    if run is None:
-        raise ContractError("neither a run nor a file")
-    states = {"pass", "provisional"} if issubclass(kind, Engine) else {"pass"}  # the engine is judged by itself
-    found = []
-    for name in run.artefacts(sources.starts_from(kind)):
-        entry = run.entry(name)
-        sound = any_verdict or (entry is not None and entry.verdict.state in states)
-        fits = precision in {None, "fp32"} if name == FUSED else precision is None or f".{precision}." in name
-        if sound and fits and name != "merged.safetensors":
-            found.append(run.take(name))
-    if found:
-        return next((path for path in found if _takes(path, batches)), found[0])
-    fused, onnx = fusing.reopen(sources.fused_of(run), prove=True), kind.takes == "onnx"
-    made = exporting.export_fused(fused, run, onnx=onnx, precision=precision or "fp32", progress=progress)
-    return made.file
-
-
-def _takes(path: Path, batches: Sequence[int]) -> bool:
-    said = sources.header(path)
-    stated = Batch.parse(said.batch) if said and said.batch else None
-    return stated is None or all(stated.holds(count) for count in batches)
+) -> tuple[Path, Recipe]:
+    """Return what to build from, lowered for the batch that the engine is tuned for, and how."""
+    said = sources.header(source)
+    stated = Batch.parse(said.batch) if said and said.batch else DYNAMIC
+    batch = (recipe.batches or (stated,))[0].opt
+    path, plan = lowering.needed(
+        source, kind, run, form=form, batch=batch, folder=folder, oracle=oracle, root=root, progress=progress
+    )
+    if plan and kind.takes == "weights":
+        recipe = dataclasses.replace(recipe, forms=tuple(plan.forms.items()))
+    return path, recipe
 
 
 def _judge(engine: Path, source: Path, kind: type[Engine], oracle: Oracle | None, progress: Progress) -> Proof:

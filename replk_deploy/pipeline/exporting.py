@@ -1,7 +1,7 @@
 """`replk export`: fused weights, or a checkpoint after fusing it → a proved .onnx file, or cast weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from replk_deploy import export as exporting
 from replk_deploy import files, graph, machine, publish, sources, weights
 from replk_deploy import proof as proving
+from replk_deploy.backends.base import Backend, Engine
 from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.container import Source
-from replk_deploy.errors import MismatchError, ReplkError
+from replk_deploy.errors import ContractError, MismatchError, ReplkError
 from replk_deploy.export import Export
 from replk_deploy.metadata import Verdict
 from replk_deploy.pipeline import entries, fusing
@@ -21,6 +22,8 @@ from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Proof
 from replk_deploy.sources import FUSED
 from replk_deploy.workspace import ROOT, Workspace
+
+LOWERED = "lowered"  # folder of a run for what is made of portable files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +146,42 @@ def export_fused(
         options = options_of(precision, size, batch, embed=embed, prove=prove)
         entries.enter(run, name, exported, made_from={FUSED: files.sha256(fused.file)}, by="export", options=options)
     return exported
+
+
+def needed(
+    run: Workspace | None,
+    kind: type[Backend],
+    precision: Precision | None,
+    progress: Progress,
+    *,
+    any_verdict: bool,
+    batches: Sequence[int] = (),
+) -> Path:
+    """Return the newest sound artefact of a run that a backend can start from, exporting it when there is none.
+
+    One whose batch can take all of `batches` comes before newer ones that cannot.
+    """
+    if run is None:
+        raise ContractError("neither a run nor a file")
+    states = {"pass", "provisional"} if issubclass(kind, Engine) else {"pass"}  # the engine is judged by itself
+    found = []
+    for name in run.artefacts(sources.starts_from(kind)):
+        entry = run.entry(name)
+        sound = any_verdict or (entry is not None and entry.verdict.state in states)
+        fits = precision in {None, "fp32"} if name == FUSED else precision is None or f".{precision}." in name
+        if sound and fits and name != "merged.safetensors" and not name.startswith(f"{LOWERED}/"):
+            found.append(run.take(name))
+    if found:
+        return next((path for path in found if _takes(path, batches)), found[0])
+    fused, onnx = fusing.reopen(sources.fused_of(run), prove=True), kind.takes == "onnx"
+    made = export_fused(fused, run, onnx=onnx, precision=precision or "fp32", progress=progress)
+    return made.file
+
+
+def _takes(path: Path, batches: Sequence[int]) -> bool:
+    said = sources.header(path)
+    stated = Batch.parse(said.batch) if said and said.batch else None
+    return stated is None or all(stated.holds(count) for count in batches)
 
 
 def options_of(

@@ -1,0 +1,273 @@
+"""What a large convolution costs on a runtime in each of its forms, and which form is therefore taken.
+
+Times come from calibrations: one record per machine, of single layers on one runtime. A layer that was measured
+at this batch costs what was measured. Any other costs what a sum of five terms says, whose factors are fitted
+to the measured layers of the same runtime, device, precision and form:
+
+    t = a + b·bytes(weight) + c·bytes(maps) + d·outputs·k + e·multiply-adds
+
+No factor is negative, and the fit minimises relative errors. A form is taken in place of the convolution only when
+it gains more than a measurement, or a fit, can be wrong by.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy.optimize import nnls
+
+from replk_deploy import files, records
+from replk_deploy.errors import IntegrityError
+from replk_deploy.lowerings import LOWERINGS, NONE
+from replk_deploy.lowerings.base import LargeConv
+from replk_deploy.lowerings.grouped import Grouped
+from replk_deploy.lowerings.strip import Strip
+from replk_deploy.precision import TOLERANCES, Precision
+
+FORMS = (NONE, *LOWERINGS)
+ALIKE = {"torch-compile": "torch", "aoti": "torch"}  # a compiler leaves convolutions and products to the same libraries
+NEAR: dict[Precision, Precision] = {"bf16": "fp16"}  # bytes and matrix rates are the same
+MEASURED, MODELLED = 0.95, 0.75  # share of the convolution's time that a form may take, to be taken in its place
+FACTORS = 5  # of the sum
+FILE = "calibration.json"  # of the machine, in the folder of the runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Time of one layer on one runtime; `taps` is the kernel as cropped, `device` the GPU's name or cpu."""
+
+    runtime: str
+    device: str
+    precision: Precision
+    batch: int
+    channels: int
+    taps: tuple[int, int]
+    map: tuple[int, int]
+    form: str
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What was measured on one machine."""
+
+    KIND: ClassVar[str] = "calibration"
+    FORMAT: ClassVar[int] = 1
+
+    environment: Mapping[str, Any]
+    costs: tuple[Cost, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Which form a large convolution takes, and why.
+
+    Attributes:
+        ms: expected time of each form that applies; empty where nothing is known of the runtime.
+        measured: whether these were measured for this layer and batch, not modelled.
+    """
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("gain_ms",)
+
+    site: LargeConv
+    form: str
+    why: str
+    ms: Mapping[str, float]
+    measured: bool
+
+    @property
+    def gain_ms(self) -> float:
+        """Return the expected gain over the convolution."""
+        return self.ms[NONE] - self.ms[self.form] if self.form in self.ms else 0.0
+
+
+def calibrations(folder: Path | None = None) -> tuple[Calibration, ...]:
+    """Read what is known of runtimes: the record in a folder of runs first, then those that come with the package.
+
+    Raises:
+        IntegrityError: a record is damaged or of a newer version.
+    """
+    shipped = resources.files("replk_deploy") / "calibrations"
+    paths = [Path(str(shipped / name)) for name in ("h100.json", "cpu.json")]
+    own = [] if folder is None or not (folder / FILE).is_file() else [folder / FILE]
+    return tuple(read(path) for path in (*own, *(path for path in paths if path.is_file())))
+
+
+def read(path: Path) -> Calibration:
+    """Read one record.
+
+    Raises:
+        IntegrityError: not a calibration, damaged, or of a newer version.
+    """
+    record = records.read(path, Calibration.KIND, Calibration.FORMAT)
+    try:
+        costs: list[dict[str, Any]] = record["costs"]
+        return Calibration(environment=record["environment"], costs=tuple(_cost(**cost) for cost in costs))
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise IntegrityError(f"{path} is damaged: {exc}", "make it again: replk lower --calibrate") from exc
+
+
+def add(path: Path, found: Calibration) -> None:
+    """Write a calibration into a record, in place of what the record says of the same layers.
+
+    Raises:
+        IntegrityError: the record that is there is damaged or of a newer version.
+    """
+    kept = {dataclasses.replace(cost, ms=0.0): cost for cost in (read(path).costs if path.is_file() else ())}
+    kept |= {dataclasses.replace(cost, ms=0.0): cost for cost in found.costs}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, records.to_json(dataclasses.replace(found, costs=tuple(kept.values()))))
+
+
+def forms_of(site: LargeConv) -> list[str]:
+    """Name the forms that a convolution can take: strips only where they compute less than whole columns."""
+    able = [form for form in FORMS if form == NONE or LOWERINGS[form].refusal(site) is None]
+    return [form for form in able if form != Strip.name or Strip.macs(site) < Grouped.macs(site)]
+
+
+class Model:
+    """What one runtime costs on one device at one precision."""
+
+    def __init__(self, known: Iterable[Calibration], runtime: str, device: str, precision: Precision) -> None:
+        """Take what fits best: this very device, else one of its kind; this precision, else one like it."""
+        self.source = ""
+        self._costs: tuple[Cost, ...] = ()
+        self._precision = precision
+        kind = "cpu" if device == "cpu" else "cuda"
+        for wanted in dict.fromkeys((precision, NEAR.get(precision, precision))):
+            for exact in (True, False):
+                for calibration in known:
+                    costs = tuple(
+                        cost
+                        for cost in calibration.costs
+                        if cost.runtime == ALIKE.get(runtime, runtime)
+                        and cost.precision == wanted
+                        and (cost.device == device if exact else ("cpu" if cost.device == "cpu" else "cuda") == kind)
+                    )
+                    if costs and not self._costs:
+                        self._costs = costs
+                        where = calibration.environment.get("cpu") if kind == "cpu" else costs[0].device
+                        self.source = f"{wanted} on {where}"
+
+    def times(self, site: LargeConv, batch: int) -> tuple[Mapping[str, float], bool]:
+        """Return the expected milliseconds of each form that applies, and whether they were measured.
+
+        Empty when nothing is known of the convolution itself.
+        """
+        forms = forms_of(site)
+        met = {
+            cost.form: cost.ms
+            for cost in self._costs
+            if (cost.channels, cost.taps, cost.map, cost.batch) == (site.channels, site.taps, site.map, batch)
+        }
+        if NONE in met and len(met) > 1:
+            return {form: met[form] for form in forms if form in met}, True
+        modelled = {form: self._factors(form) for form in forms}
+        if modelled[NONE] is None:
+            return {}, False
+        return {
+            form: float(factors @ _terms(form, site, batch, self._precision))
+            for form, factors in modelled.items()
+            if factors is not None
+        }, False
+
+    @functools.cache  # noqa: B019  # a model lives as long as one decision
+    def _factors(self, form: str) -> Any:
+        """Fit the factors of a form; None where fewer layers were measured than there are factors."""
+        rows = [cost for cost in self._costs if cost.form == form]
+        if len(rows) < FACTORS:
+            return None
+        terms = np.array([_terms(form, _site(cost), cost.batch, self._precision) for cost in rows])
+        times = np.array([cost.ms for cost in rows])
+        scale = np.abs(terms).max(axis=0)
+        factors, _ = nnls(terms / scale / times[:, None], np.ones(len(rows)))
+        return factors / scale
+
+
+def decide(
+    sites: Sequence[LargeConv],
+    model: Model,
+    *,
+    batch: int,
+    precision: Precision,
+    weight_bytes: int,
+    max_growth: float,
+) -> tuple[Decision, ...]:
+    """Choose a form for each large convolution of a network.
+
+    Where all choices together would make the weights more than `max_growth` times as large, those that gain
+    the least time for their bytes are given up.
+
+    Args:
+        sites: of the network.
+        model: of the runtime.
+        batch: images at a time.
+        precision: of the weights.
+        weight_bytes: of the whole network.
+        max_growth: of the weights, in total.
+    """
+    itemsize = TOLERANCES[precision].torch_dtype.itemsize
+    options = [_options(site, model, batch) for site in sites]
+    chosen = [ranked[0] for ranked in options]
+    budget = (max_growth - 1) * weight_bytes
+    while sum(_added(d, itemsize) for d in chosen) > budget:
+        index = min(
+            (i for i, d in enumerate(chosen) if d.form != NONE),
+            key=lambda i: chosen[i].gain_ms / max(_added(chosen[i], itemsize), 1),
+        )
+        now = _added(chosen[index], itemsize)
+        smaller = [d for d in options[index] if _added(d, itemsize) < now] or options[index][-1:]
+        given_up = f"{chosen[index].form} would pass {max_growth:g} times the weights"
+        chosen[index] = dataclasses.replace(smaller[0], why=given_up)
+    return tuple(chosen)
+
+
+def _cost(*, taps: Sequence[int], map: Sequence[int], **rest: Any) -> Cost:  # noqa: A002  # the name of the field
+    return Cost(taps=(taps[0], taps[1]), map=(map[0], map[1]), **rest)
+
+
+def _options(site: LargeConv, model: Model, batch: int) -> list[Decision]:
+    """Return the forms that are worth taking, the best first, the convolution as it is last."""
+    times, measured = model.times(site, batch)
+    if NONE not in times:
+        return [Decision(site=site, form=NONE, why="nothing was measured for this runtime", ms={}, measured=False)]
+    limit = (MEASURED if measured else MODELLED) * times[NONE]
+    worth = sorted((form for form in times if form != NONE and times[form] <= limit), key=lambda form: times[form])
+    why = "measured" if measured else "modelled"
+    return [
+        Decision(
+            site=site,
+            form=form,
+            why=why if form != NONE or not worth else "",
+            ms=times,
+            measured=measured,
+        )
+        for form in (*worth, NONE)
+    ]
+
+
+def _added(decision: Decision, itemsize: int) -> int:
+    if decision.form == NONE:
+        return 0
+    site = decision.site
+    return itemsize * (LOWERINGS[decision.form].elements(site) - site.channels * math.prod(site.kernel))
+
+
+def _site(cost: Cost) -> LargeConv:
+    return LargeConv(name="", channels=cost.channels, kernel=cost.taps, map=cost.map)
+
+
+def _terms(form: str, site: LargeConv, batch: int, precision: Precision) -> Any:
+    """Return the five terms of a form."""
+    size = TOLERANCES[precision].torch_dtype.itemsize
+    outputs = batch * site.channels * math.prod(site.map)
+    taps = site.channels * math.prod(site.taps)
+    macs = outputs * math.prod(site.taps) if form == NONE else batch * LOWERINGS[form].macs(site)
+    weight = taps if form == NONE else LOWERINGS[form].elements(site)
+    return np.array([1.0, weight * size, 2 * outputs * size, outputs * site.taps[1], macs], np.float64)

@@ -1,0 +1,357 @@
+"""`replk lower`: an exported graph → the same graph with large convolutions in forms that a runtime runs fast."""
+
+import dataclasses
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from replk_deploy import backends as runtimes
+from replk_deploy import calibrate as calibrating
+from replk_deploy import costs, files, graph, publish, sources, weights
+from replk_deploy import lower as lowering
+from replk_deploy import proof as proving
+from replk_deploy.backends import cuda
+from replk_deploy.backends.base import Backend, Engine
+from replk_deploy.backends.ort import OrtCpu
+from replk_deploy.batch import DYNAMIC, Batch
+from replk_deploy.costs import Calibration, Decision, Model
+from replk_deploy.errors import MismatchError, ReplkError
+from replk_deploy.lower import Lowered
+from replk_deploy.lowerings import NONE
+from replk_deploy.lowerings.base import LargeConv
+from replk_deploy.lowerings.check import check_sites
+from replk_deploy.metadata import Metadata, Verdict
+from replk_deploy.pipeline import entries, exporting
+from replk_deploy.pipeline.exporting import LOWERED
+from replk_deploy.precision import Precision
+from replk_deploy.progress import Progress, silent
+from replk_deploy.proof import Oracle, Proof
+from replk_deploy.workspace import ROOT, Workspace
+
+Form = Literal["auto", "none", "grouped", "dense", "strip"]
+AUTO: Form = "auto"
+GROWTH = 6.0  # times the fused weights, unless told otherwise
+CHANNEL_MAJOR = frozenset[str]()  # runtimes that gain from keeping what lies between dense forms in their layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which form each large convolution of a network takes on a runtime, at a batch.
+
+    Attributes:
+        forms: by the name of the convolution.
+        source: where the times came from that decided; empty where none did.
+        decisions: for `auto` only.
+    """
+
+    form: Form
+    runtime: str
+    batch: int
+    forms: Mapping[str, str]
+    source: str
+    decisions: tuple[Decision, ...]
+
+    @property
+    def changes(self) -> bool:
+        """Tell whether any convolution takes another form."""
+        return any(form != NONE for form in self.forms.values())
+
+    @property
+    def words(self) -> str:
+        """Say how many take which form."""
+        counted = Counter(form for form in self.forms.values() if form != NONE)
+        said = ", ".join(f"{form} {count}" for form, count in sorted(counted.items()))
+        return f"{said} of {len(self.forms)}" if said else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweredFile:
+    """A lowered graph and what vouches for it; `errors` of each place that reads otherwise, alone, in float64."""
+
+    KIND: ClassVar[str] = "lowered-file"
+    FORMAT: ClassVar[int] = 1
+
+    plan: Plan
+    lowered: Lowered
+    errors: Mapping[str, float]
+    proof: Proof | None
+    verdict: Verdict
+    file: Path
+
+
+def lower(
+    artefact: Path | None = None,
+    *,
+    output: Path | None = None,
+    form: Form = AUTO,
+    backend: str = OrtCpu.name,
+    batch: int = 1,
+    max_growth: float = GROWTH,
+    precision: Precision | None = None,
+    prove: bool = True,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> LoweredFile:
+    """Lower the graph of a run or one ONNX file, in the run or at `output`, and judge it.
+
+    Raises:
+        ReplkError: a backend that starts from weights, which lowers when it opens them; no ONNX file; a map of
+            unknown size.
+    """
+    kind = runtimes.find(backend)
+    if kind.takes != "onnx":
+        raise ReplkError(f"{backend} lowers weights when it opens them", f"time it: replk bench --backend {backend}")
+    if batch < 1:
+        raise ReplkError(f"a batch of {batch} images is none", "give --batch 1 or more")
+    if not max_growth >= 1:
+        raise ReplkError(f"weights cannot become {max_growth:g} times as large", "give --max-weight-growth 1 or more")
+    run, single = sources.run_or_file(artefact, root)
+    if single and single.suffix != ".onnx":
+        raise ReplkError(f"{single} is no ONNX file", "write one: replk export --onnx")
+    source = single or exporting.needed(run, OrtCpu, precision, progress, any_verdict=not prove)
+    made = plan(lowering.find(source), kind, _precision(source), batch, form, _bytes(source), max_growth, root)
+    if run is None and output is None:
+        output = source.with_name(Path(_name(source, made)).name)
+    return lower_file(
+        source,
+        made,
+        run,
+        output=output,
+        oracle=sources.oracle_of(run, None) if run and prove else None,
+        max_growth=max_growth,
+        prove=prove,
+        progress=progress,
+    )
+
+
+def export_lowered(
+    artefact: Path | None = None,
+    *,
+    output: Path | None = None,
+    form: Form,
+    backend: str | None,
+    batch: Batch = DYNAMIC,
+    prove: bool = True,
+    root: Path = ROOT,
+    progress: Progress = silent,
+    **chosen: Any,
+) -> LoweredFile:
+    """Export a network as ONNX and lower it for the batch that it is tuned for; `chosen` is for `export`.
+
+    Raises:
+        MismatchError: the portable file was rejected.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        portable = Path(folder, f"{output.stem}.onnx") if output else None
+        exported = exporting.export(
+            artefact, output=portable, batch=batch, prove=prove, root=root, progress=progress, **chosen
+        )
+        if exported.verdict.state == "rejected":
+            raise MismatchError(f"{exported.file} was rejected: {exported.verdict.why}", "do not deploy it")
+        return lower(
+            exported.file if output else Workspace.latest(root).folder,
+            output=output,
+            form=form,
+            backend=backend or OrtCpu.name,
+            batch=batch.opt,
+            precision=chosen.get("precision"),
+            prove=prove,
+            root=root,
+            progress=progress,
+        )
+
+
+def lower_file(
+    source: Path,
+    made: Plan,
+    run: Workspace | None,
+    *,
+    output: Path | None = None,
+    oracle: Oracle | None = None,
+    max_growth: float = GROWTH,
+    prove: bool = True,
+    progress: Progress = silent,
+) -> LoweredFile:
+    """Lower one ONNX file as planned, and judge it: by the float64 network if there is one, else by that file."""
+    name, metadata = _name(source, made), graph.header(source)
+    final = output or (run.path(name) if run else Path(name))
+    if final.suffix != ".onnx":
+        raise ReplkError(f"{final} does not end in .onnx", "name a .onnx file with -o")
+    entries.spare(source, final)
+    if output:
+        entries.spare_runs(output)
+    with files.staged(final) as part:
+        progress("lower", 0, 2)
+        merge = made.runtime in CHANNEL_MAJOR
+        lowered = lowering.lower_graph(source, part, lambda site: made.forms[site.name], channel_major=merge)
+        if lowered.growth > max_growth:
+            raise ReplkError(
+                f"the weights would be {lowered.growth:.1f} times as large, and {max_growth:g} are allowed",
+                "raise --max-weight-growth, or take --lower auto",
+            )
+        errors = check_sites(source, part)
+        progress("lower", 1, 2)
+        if metadata:
+            metadata = dataclasses.replace(metadata, lowered=made.words, verdict=None)
+            graph.seal(part, metadata)
+        proof = publish.proved("lower", lambda: _judge(source, part, oracle, errors, lowered)) if prove else None
+        verdict = publish.judged(proof, graph.content_hash(part), oracle.sha256 if oracle else "")
+        if metadata:
+            graph.seal(part, dataclasses.replace(metadata, verdict=verdict))
+        file = publish.place(part, final, verdict, run)
+    progress("lower", 2, 2)
+    done = LoweredFile(plan=made, lowered=lowered, errors=errors, proof=proof, verdict=verdict, file=file)
+    if run and not output:
+        made_from = {source.name: files.sha256(source)}
+        entries.enter(run, name, done, made_from=made_from, by="lower", options=_options(made))
+    return done
+
+
+def needed(
+    source: Path,
+    kind: type[Backend],
+    run: Workspace | None,
+    *,
+    form: Form,
+    batch: int,
+    folder: Path,
+    oracle: Oracle | None = None,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> tuple[Path, Plan | None]:
+    """Return the file that a runtime is given for a batch, and the plan behind it; None where nothing changes.
+
+    A backend that starts from weights keeps its file, and takes the plan with its settings.
+
+    Args:
+        source: the portable file.
+        kind: the runtime.
+        run: keeps what is made; without one it goes into `folder`.
+        form: what was asked for.
+        batch: images at a time.
+        folder: for what is not kept.
+        oracle: the float64 network, where it is at hand.
+        root: folder of the runs, where a calibration of this machine may lie.
+        progress: told while it is made.
+
+    Raises:
+        MismatchError: the lowered file was rejected.
+    """
+    sites = () if form == NONE else _sites(source, form)
+    if not sites:
+        return source, None
+    made = plan(sites, kind, _precision(source), batch, form, _bytes(source), GROWTH, root)
+    if not made.changes:
+        return source, None
+    if source.suffix != ".onnx":
+        return source, made
+    name = _name(source, made)
+    if run and run.fresh(name, {source.name: files.sha256(source)}, _options(made)):
+        return run.take(name), made
+    output = None if run else folder / Path(name).name
+    done = lower_file(source, made, run, output=output, oracle=oracle, progress=progress)
+    if done.verdict.state == "rejected":
+        raise MismatchError(f"{done.file} was rejected: {done.verdict.why}", "do not deploy it")
+    return done.file, made
+
+
+def plan(
+    sites: Sequence[LargeConv],
+    kind: type[Backend],
+    precision: Precision,
+    batch: int,
+    form: Form,
+    weight_bytes: int,
+    max_growth: float,
+    root: Path,
+) -> Plan:
+    """Decide for each large convolution."""
+    if form != AUTO:
+        forms = {site.name: form for site in sites}
+        return Plan(form=form, runtime=kind.name, batch=batch, forms=forms, source="", decisions=())
+    model = Model(costs.calibrations(root), kind.name, _device(kind), precision)
+    decisions = costs.decide(
+        sites, model, batch=batch, precision=precision, weight_bytes=weight_bytes, max_growth=max_growth
+    )
+    return Plan(
+        form=form,
+        runtime=kind.name,
+        batch=batch,
+        forms={decision.site.name: decision.form for decision in decisions},
+        source=model.source,
+        decisions=decisions,
+    )
+
+
+def calibrate(
+    artefact: Path | None = None,
+    *,
+    backend: str,
+    batches: Sequence[int] = (1,),
+    precision: Precision | None = None,
+    root: Path = ROOT,
+    progress: Progress = silent,
+) -> tuple[Calibration, Path]:
+    """Measure the large convolutions of a run or file on this machine, and keep it where `auto` looks first."""
+    kind = runtimes.find(backend)
+    if issubclass(kind, Engine):
+        raise ReplkError(f"{backend} builds engines, and single layers are not timed so", "calibrate another backend")
+    run, single = sources.run_or_file(artefact, root)
+    source = single or exporting.needed(run, kind, precision, progress, any_verdict=True)
+    sites = _sites(source, AUTO)
+    if not sites:
+        raise ReplkError(f"{source} has no large convolution on a map of known size", "name another file")
+    found = calibrating.calibrate(kind, sites, batches=batches, precision=_precision(source), progress=progress)
+    path = root / costs.FILE
+    costs.add(path, found)
+    return found, path
+
+
+def _sites(source: Path, form: Form) -> tuple[LargeConv, ...]:
+    """Find what can be lowered; on maps of unknown size nothing, unless a form is asked for by name."""
+    if source.suffix == ".safetensors":
+        model, metadata = weights.read(source)
+        return lowering.find_network(model, metadata.preprocessing.size)
+    return lowering.find(source) if form != AUTO or lowering.sized(source) else ()
+
+
+def _precision(source: Path) -> Precision:
+    said: Metadata | None = sources.header(source)
+    return said.precision if said else graph.precision_of(source)
+
+
+def _bytes(source: Path) -> int:
+    return source.stat().st_size  # weights are nearly all of it
+
+
+def _device(kind: type[Backend]) -> str:
+    """Return what calibrations call the device that a backend runs on here."""
+    gpu = kind.name not in {"ort-cpu", "openvino"} and cuda.available()
+    return cuda.facts()["gpu"] if gpu else "cpu"
+
+
+def _name(source: Path, made: Plan) -> str:
+    """Return the name of a lowered file in a run; what was asked for by name is for no runtime in particular."""
+    suffix = f"{made.runtime}-b{made.batch}" if made.form == AUTO else made.form
+    return f"{LOWERED}/{source.stem}.{suffix}.onnx"
+
+
+def _options(made: Plan) -> Mapping[str, Any]:
+    return {"forms": dict(made.forms), "channel_major": made.runtime in CHANNEL_MAJOR}
+
+
+def _judge(source: Path, part: Path, oracle: Oracle | None, errors: Mapping[str, float], lowered: Lowered) -> Proof:
+    """Judge each changed place alone and the whole graph, by the float64 network or else by what it was made from."""
+    metadata = graph.header(part)
+    if oracle is not None:
+        with proving.open_onnx(part, metadata.precision if metadata else None) as backend:
+            precision = metadata.precision if metadata else None
+            proof = proving.prove_backend("lower", oracle, backend, metadata, precision=precision)
+    else:
+        proof = proving.prove_graphs(source, part)
+    lost = [site.name for site in lowered.sites if site.changed and site.name not in errors]
+    structure = (f"{len(lost)} changed places were not compared: {', '.join(lost[:3])}",) if lost else ()
+    return dataclasses.replace(proof, edge="lower", modules=errors, structure=(*proof.structure, *structure))
