@@ -1,8 +1,8 @@
 """Latency of a published variant on every runtime of this machine, beside networks of its accuracy class.
 
 python benchmarks/latency.py [--variant RepLKNet-31B] [--size N] [--precision fp32 ...] [--batch 1 ...]
-                             [--backend torch ...] [--baseline timm:NAME ...] [--cuda-graph on]
-                             [--max-seconds 60] [--keep FOLDER]
+                             [--backend torch ...] [--baseline timm:NAME ...] [--lower none ...]
+                             [--cuda-graph on] [--max-seconds 60] [--keep FOLDER]
 
 Writes docs/benchmarks/latency-<device>.json, one entry per variant, size, precision and batches; others stay.
 The checkpoint has random weights and BatchNorm statistics that fit the activations and are then disturbed.
@@ -25,7 +25,9 @@ import torch
 from replk_deploy import pipeline, records, sources
 from replk_deploy.backends import BACKENDS
 from replk_deploy.models.replknet import VARIANTS
+from replk_deploy.options import FORMS
 from replk_deploy.pipeline.benching import GRAPHS
+from replk_deploy.pipeline.lowering import AUTO
 from replk_deploy.precision import PRECISIONS, Precision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +60,7 @@ def measure(options: argparse.Namespace, precision: Precision, folder: Path) -> 
         baselines=options.baseline,
         precision=precision,
         cuda_graph=options.cuda_graph,
+        forms=options.lower or [AUTO],
         max_seconds=options.max_seconds,
         allow_unverified=precision == "bf16",  # an ONNX file in bf16 is provisional until a runtime has judged it
         root=root,
@@ -80,12 +83,13 @@ def main() -> None:
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
     parser.add_argument("--batch", action="append", type=int)
     parser.add_argument("--backend", action="append", choices=list(BACKENDS))
-    parser.add_argument("--baseline", action="append")
+    parser.add_argument("--baseline", nargs="*", default=BASELINES, help="timm:NAME ...; none when empty")
+    parser.add_argument("--lower", action="append", choices=FORMS)
     parser.add_argument("--cuda-graph", choices=list(GRAPHS), default="auto")
     parser.add_argument("--max-seconds", type=float, default=60.0)
     parser.add_argument("--keep", type=Path, help="folder for checkpoints and exports, so that a later call finds them")
     options = parser.parse_args()
-    options.batch, options.baseline = options.batch or [1], options.baseline or BASELINES
+    options.batch = options.batch or [1]
     device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     path = FOLDER / f"latency-{device.lower()}.json"
     whole: dict[str, Any] = {"schema": "replk.benchmark-latency/1", "entries": {}}

@@ -1,8 +1,10 @@
 """Single large convolutions on one runtime → what each form of them costs there.
 
-Each layer is a network of its own, in each form that applies, prepared as `bench` prepares a whole one; on a
-GPU it replays a CUDA graph, so that what is measured is the device. Inferences follow each other without a pause:
-a time is that of a stretch of them over their number, the median of several stretches.
+Each layer stands where it stands in a network, between two 1x1 convolutions with a ReLU, prepared as `bench`
+prepares a whole one; its time is that of the three less that of the two alone. So a form pays for the
+layout that its neighbours then miss. On a GPU a CUDA graph is replayed, so that what is measured is the device.
+Inferences follow each other without a pause: a time is that of a stretch of them over their number, the median of
+several stretches.
 """
 
 import copy
@@ -29,7 +31,7 @@ from replk_deploy.costs import Calibration, Cost, forms_of
 from replk_deploy.errors import ReplkError
 from replk_deploy.lower import lower_graph
 from replk_deploy.lowerings import LOWERINGS, NONE
-from replk_deploy.lowerings.base import LargeConv
+from replk_deploy.lowerings.base import LargeConv, crop
 from replk_deploy.metadata import PREFIX
 from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
@@ -38,6 +40,8 @@ STRETCH_MS, STRETCHES, MOST = 40.0, 5, 400  # inferences of one stretch
 SLOW_MS = 400.0  # of one inference, after which one more is enough
 WARM_UPS = 3
 SEED = 0
+ALONE = "neighbours"  # the two 1x1 convolutions without anything between them
+LEAST = 0.01  # of the three; a layer that cannot be told from its neighbours costs as much
 
 
 def calibrate(
@@ -65,15 +69,19 @@ def calibrate(
     kind.probe()
     shapes = {(s.channels, s.taps, s.map): s for s in sites}
     costs: list[Cost] = []
-    todo = [(site, batch, form) for site in shapes.values() for batch in batches for form in forms_of(site)]
+    todo = [(site, batch, form) for site in shapes.values() for batch in batches for form in (ALONE, *forms_of(site))]
+    neighbours = 0.0
     for done, (site, batch, form) in enumerate(todo):
         progress(f"calibrate {kind.name}", done, len(todo))
         try:
             with _prepared(kind, site, batch, form, precision) as (device, launches):
-                ms = min(_time(launch, queue=device != "cpu") for launch in launches)
+                ms = min(stretch_ms(launch, queue=device != "cpu") for launch in launches)
         except ReplkError:
-            if form == NONE:
+            if form in {ALONE, NONE}:
                 raise
+            continue
+        if form == ALONE:
+            neighbours = ms
             continue
         costs.append(
             Cost(
@@ -85,7 +93,7 @@ def calibrate(
                 taps=site.taps,
                 map=site.map,
                 form=form,
-                ms=ms,
+                ms=max(ms - neighbours, LEAST * ms),
             )
         )
     progress(f"calibrate {kind.name}", len(todo), len(todo))
@@ -99,13 +107,14 @@ def _prepared(
     """Give the device and one launch for each way to lay the layer out in memory."""
     rng = np.random.default_rng(SEED)
     images = rng.standard_normal((batch, site.channels, *site.map), np.float32)
-    kernel = rng.standard_normal((site.channels, 1, *site.taps), np.float32) / (site.taps[0] * site.taps[1])
+    kernel = rng.standard_normal((site.channels, 1, *site.kernel), np.float32) / math.prod(site.kernel)
+    mixer = rng.standard_normal((site.channels, site.channels, 1, 1), np.float32) / site.channels**0.5
     if kind.takes == "weights":
-        yield _of_torch(site, form, precision, kernel, images)
+        yield _of_torch(site, form, precision, kernel, mixer, images)
         return
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder, "layer.onnx"), Path(folder, "form.onnx")
-        onnx.save(_layer(site, kernel, precision), path)
+        onnx.save(_block(site, form, kernel, mixer, precision), path)
         lower_graph(path, out, lambda _: form)
         graphed = "cuda_graph" in kind.honours
         with kind(out, Settings(cuda_graph=True) if graphed else DEFAULT) as backend:
@@ -113,19 +122,19 @@ def _prepared(
 
 
 def _of_torch(
-    site: LargeConv, form: str, precision: Precision, kernel: Array, images: Array
+    site: LargeConv, form: str, precision: Precision, kernel: Array, mixer: Array, images: Array
 ) -> tuple[str, list[Launch]]:
-    """Prepare a layer in both memory layouts."""
+    """Prepare a layer between its neighbours in both memory layouts."""
     device, dtype = cuda.choose(DEFAULT, Torch.name), TOLERANCES[precision].torch_dtype
     bias = np.zeros(site.channels, np.float32)
-    module: nn.Module
-    if form == NONE:
-        module = nn.Conv2d(site.channels, site.channels, site.taps, padding=site.padding, groups=site.channels)
-        module.weight, module.bias = (nn.Parameter(torch.from_numpy(a), requires_grad=False) for a in (kernel, bias))
-    else:
+    layers = [_conv(mixer, bias), nn.ReLU()]
+    if form in LOWERINGS:
         lowering = LOWERINGS[form]
         placed, biases = lowering.weight(site, kernel), lowering.bias(site, bias)
-        module = lowering.module(site, torch.from_numpy(placed), torch.from_numpy(biases))
+        layers += [lowering.module(site, torch.from_numpy(placed), torch.from_numpy(biases)), nn.ReLU()]
+    elif form == NONE:
+        layers += [_conv(crop(site, kernel), bias), nn.ReLU()]
+    module = nn.Sequential(*layers, _conv(mixer, bias))
     module = module.to(device, dtype)
     if device == "cuda":
         around = functools.partial(cuda.arithmetic, tf32=precision == "tf32")
@@ -156,26 +165,40 @@ def _device(device: cuda.Device) -> str:
     return "cpu" if device == "cpu" else torch.cuda.get_device_name()
 
 
-def _layer(site: LargeConv, kernel: Array, precision: Precision) -> onnx.ModelProto:
-    """Return a network of one convolution, for any batch."""
+def _conv(weight: Array, bias: Array) -> nn.Module:
+    """Return a convolution with "same" padding; one whose weight has one input a channel is depthwise."""
+    channels, inputs, *size = weight.shape
+    conv = nn.Conv2d(channels, channels, size, padding="same", groups=channels // inputs, device="meta")
+    conv.weight, conv.bias = (nn.Parameter(torch.from_numpy(a.copy()), requires_grad=False) for a in (weight, bias))
+    return conv
+
+
+def _block(site: LargeConv, form: str, kernel: Array, mixer: Array, precision: Precision) -> onnx.ModelProto:
+    """Return a layer between two 1x1 convolutions, or these alone, for any batch."""
     kind = TOLERANCES[precision]
     dtype = ir.DataType[kind.onnx]
+    weights = {"mixer": mixer, "kernel": kernel, "bias": np.zeros(site.channels, np.float32)}
+    tensors = [
+        ir.serde.serialize_tensor(ir.tensor(array.astype(dtype.numpy()), name=name)) for name, array in weights.items()
+    ]
+    top, side = (size // 2 for size in site.kernel)
+    node = onnx.helper.make_node
+    nodes = [node("Conv", ["images", "mixer", "bias"], ["a"], "before"), node("Relu", ["a"], ["b"], "first")]
+    if form != ALONE:
+        pads = [top, side, top, side]
+        nodes.append(node("Conv", ["b", "kernel", "bias"], ["c"], "layer", group=site.channels, pads=pads))
+        nodes.append(node("Relu", ["c"], ["d"], "second"))
+    nodes.append(node("Conv", [nodes[-1].output[0], "mixer", "bias"], ["out"], "after"))
     shape: list[str | int | None] = ["batch", site.channels, *site.map]
     ports = [onnx.helper.make_tensor_value_info(name, dtype.value, shape) for name in ("images", "out")]
-    weight = ir.serde.serialize_tensor(ir.tensor(kernel.astype(dtype.numpy()), name="weight"))
-    bias = ir.serde.serialize_tensor(ir.tensor(np.zeros(site.channels, dtype.numpy()), name="bias"))
-    pads = [*site.padding, *site.padding]
-    node = onnx.helper.make_node(
-        "Conv", ["images", "weight", "bias"], ["out"], "layer", group=site.channels, kernel_shape=site.taps, pads=pads
-    )
-    graph = onnx.helper.make_graph([node], "layer", ports[:1], ports[1:], [weight, bias])
+    graph = onnx.helper.make_graph(nodes, "block", ports[:1], ports[1:], tensors)
     opset = onnx.helper.make_opsetid("", kind.opset)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
     model.metadata_props.add(key=f"{PREFIX}precision", value=precision)
     return model
 
 
-def _time(launch: Launch, *, queue: bool) -> float:
+def stretch_ms(launch: Launch, *, queue: bool) -> float:
     """Return the milliseconds of one inference among many, which follow each other without a wait if they `queue`."""
     for _ in range(WARM_UPS):
         once = _stretch(launch, 1, queue=queue)

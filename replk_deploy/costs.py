@@ -109,7 +109,7 @@ def read(path: Path) -> Calibration:
     try:
         costs: list[dict[str, Any]] = record["costs"]
         return Calibration(environment=record["environment"], costs=tuple(_cost(**cost) for cost in costs))
-    except (KeyError, TypeError, AttributeError) as exc:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as exc:
         raise IntegrityError(f"{path} is damaged: {exc}", "make it again: replk lower --calibrate") from exc
 
 
@@ -151,7 +151,7 @@ class Model:
                         and (cost.device == device if exact else ("cpu" if cost.device == "cpu" else "cuda") == kind)
                     )
                     if costs and not self._costs:
-                        self._costs = costs
+                        self._costs = tuple(cost for cost in costs if cost.device == costs[0].device)
                         where = calibration.environment.get("cpu") if kind == "cpu" else costs[0].device
                         self.source = f"{wanted} on {where}"
 
@@ -215,21 +215,19 @@ def decide(
     itemsize = TOLERANCES[precision].torch_dtype.itemsize
     options = [_options(site, model, batch) for site in sites]
     chosen = [ranked[0] for ranked in options]
-    budget = (max_growth - 1) * weight_bytes
+    budget = max(max_growth - 1, 0) * weight_bytes
     while sum(_added(d, itemsize) for d in chosen) > budget:
-        index = min(
-            (i for i, d in enumerate(chosen) if d.form != NONE),
-            key=lambda i: chosen[i].gain_ms / max(_added(chosen[i], itemsize), 1),
-        )
+        growing = [i for i, d in enumerate(chosen) if _added(d, itemsize) > 0]
+        index = min(growing, key=lambda i: chosen[i].gain_ms / _added(chosen[i], itemsize))
         now = _added(chosen[index], itemsize)
-        smaller = [d for d in options[index] if _added(d, itemsize) < now] or options[index][-1:]
+        smaller = [d for d in options[index] if _added(d, itemsize) < now]
         given_up = f"{chosen[index].form} would pass {max_growth:g} times the weights"
         chosen[index] = dataclasses.replace(smaller[0], why=given_up)
     return tuple(chosen)
 
 
-def _cost(*, taps: Sequence[int], map: Sequence[int], **rest: Any) -> Cost:  # noqa: A002  # the name of the field
-    return Cost(taps=(taps[0], taps[1]), map=(map[0], map[1]), **rest)
+def _cost(*, taps: Sequence[int], map: Sequence[int], ms: float, **rest: Any) -> Cost:  # noqa: A002  # the name of the field
+    return Cost(taps=(taps[0], taps[1]), map=(map[0], map[1]), ms=float(ms), **rest)
 
 
 def _options(site: LargeConv, model: Model, batch: int) -> list[Decision]:

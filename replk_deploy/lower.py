@@ -102,6 +102,15 @@ def sized(path: Path) -> bool:
     return all(c.map is not None for _, c in _candidates(_open(path)) if not c.why)
 
 
+def weight_bytes(path: Path) -> int:
+    """Count the bytes of all weights of an ONNX file.
+
+    Raises:
+        ReplkError: not a whole ONNX file.
+    """
+    return _weights(ir.from_proto(graph.load(path)).graph)
+
+
 def find_network(network: Network, size: tuple[int, int]) -> tuple[LargeConv, ...]:
     """Name the convolutions of a network that can be lowered, for images of a size."""
     return tuple(_sized(c) for c in modules.candidates(network, size) if not c.why)

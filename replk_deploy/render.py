@@ -190,6 +190,8 @@ def latency(found: Any) -> None:
     for row in rows:
         for why in (*row.notes, *row.unstable):
             out.print(f"[yellow]note[/] {escape(row.name)}: {escape(why)}", soft_wrap=True)
+        if row.facts.get("lowering", "none") != "none":
+            out.print(f"{escape(row.name)}: large convolutions as {row.facts['lowering']}", soft_wrap=True)
     for name, why in timed.failures.items():
         out.print(f"[red]left[/] {escape(name)}: {escape(why)}", soft_wrap=True)
     for name, judged in found.agreements.items():

@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +236,7 @@ def test_without_a_compiler_it_says_what_to_install(files: Files, tmp_path: Path
     ("plant", "words"),
     [
         ('g++ -static-libstdc++ "$@"', r"crashes beside PyTorch \(SIG(ABRT|SEGV)\)"),
-        ('g++ "$@" -Dkernel=other', "does not open in PyTorch"),
+        ('g++ "$@" -Dkernel=other', "does not open: AttributeError: .*kernel"),
     ],
 )
 def test_a_compiler_whose_work_takes_the_process_down_is_refused(
@@ -252,13 +251,6 @@ def test_a_compiler_whose_work_takes_the_process_down_is_refused(
         assert compiler.of("cpu", "torch.compile"), "its kernels use nothing of the kind"
     assert caught.value.remedy.startswith("use torch-compile")
     assert capfd.readouterr() == ("", "")
-
-
-def test_what_a_compiler_builds_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "SECONDS", 0.2)
-    monkeypatch.setattr(compiler, "_call", lambda _: time.sleep(60))
-    with pytest.raises(UnavailableError, match="SIGKILL"):
-        Aoti.probe()
 
 
 @pytest.fixture

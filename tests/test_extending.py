@@ -1,19 +1,23 @@
-"""The runtime that the documentation adds, one file and one line, goes through the chain like any other."""
+"""What the documentation adds, one file and one line, goes through the chain like any other of its kind."""
 
 import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-from replk_deploy import backends, pipeline
+from replk_deploy import backends, lower, pipeline
 from replk_deploy.backends.base import Backend
 from replk_deploy.batch import Batch
 from replk_deploy.errors import ContractError, MismatchError, ReplkError
+from replk_deploy.lowerings import LOWERINGS, base, grouped
+from replk_deploy.lowerings.base import Lowering
+from replk_deploy.lowerings.check import check_sites
 from replk_deploy.models.replknet import RepLKGeometry
-from tests import networks
+from tests import networks, test_lowerings
 
 pytestmark = pytest.mark.usefixtures("short_timing")
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -23,20 +27,37 @@ TINY = RepLKGeometry(
 NAME, HOME, CLASS = "onnx-reference", "reference", "Reference"
 
 
+def loaded(kind: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Put a file of the page where it says it goes."""
+    (code,) = re.findall(rf"^```python {kind}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    file = folder / f"{name.rpartition('.')[2]}.py"
+    file.write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Backend]:
-    """Put the page's file and line where it says they go."""
-    (code,) = re.findall(r"^```python backend\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    """Add the page's runtime."""
     ((key, path),) = re.findall(r'^ +"([\w-]+)": "([\w.:]+)",$', PAGE, re.MULTILINE)
     assert (key, path) == (NAME, f"replk_deploy.backends.{HOME}:{CLASS}")
-    file = tmp_path / f"{HOME}.py"
-    file.write_text(code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"replk_deploy.backends.{HOME}", file)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    loaded("backend", f"replk_deploy.backends.{HOME}", tmp_path, monkeypatch)
     monkeypatch.setitem(backends.BACKENDS, key, path)
     return backends.find(key)
+
+
+@pytest.fixture
+def columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Lowering]:
+    """Add the page's lowering."""
+    ((key, name),) = re.findall(r"^ +(\w+)\.name: (\w+),$", PAGE, re.MULTILINE)
+    assert key == name
+    module = loaded("lowering", "replk_deploy.lowerings.columns", tmp_path, monkeypatch)
+    found: type[Lowering] = getattr(module, name)
+    monkeypatch.setitem(LOWERINGS, found.name, found)
+    return found
 
 
 @pytest.fixture
@@ -73,3 +94,32 @@ def test_it_is_stopped_when_it_answers_wrongly(
     monkeypatch.setattr(added, "_run", lambda self, x: {k: v[:, ::-1] for k, v in honest(self, x).items()})
     with pytest.raises(MismatchError, match=f"{NAME} answers wrongly"):
         pipeline.bench(run, backends=(NAME,), max_seconds=0.1)
+
+
+@pytest.mark.parametrize("site", test_lowerings.EXAMPLES, ids=str)
+def test_a_lowering_keeps_the_contract(columns: type[Lowering], site: base.LargeConv) -> None:
+    test_lowerings.test_a_module_computes_it_on_odd_maps(columns, site)
+    test_lowerings.test_nodes_compute_it_on_odd_maps(columns, site)
+    test_lowerings.test_it_executes_what_it_says(columns, site)
+    for dtype in (np.float16, np.float32, np.float64):
+        test_lowerings.test_weights_are_only_moved(columns, dtype, site)
+
+
+def test_a_lowering_takes_any_layout_and_batch(columns: type[Lowering]) -> None:
+    test_lowerings.test_strided_input_is_read_right(columns)
+    test_lowerings.test_a_module_exports_with_any_batch(columns)
+    test_lowerings.test_another_map_is_refused(columns)
+
+
+def test_a_lowering_rewrites_a_file_and_is_judged(
+    columns: type[Lowering], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = run / "model.fp32.onnx", run / "lowered.onnx"
+    for placing in (base.centre, *test_lowerings.BUGS.values()):
+        monkeypatch.setattr(grouped, "centre", placing)
+        lowered = lower.lower_graph(before, after, lambda _: columns.name)
+        assert {site.choice for site in lowered.sites} == {"columns"}
+        errors = check_sites(before, after)
+        assert len(errors) == len(lowered.sites) > 0
+        for error in errors.values():
+            assert (error < test_lowerings.EXACT) == (placing is base.centre)

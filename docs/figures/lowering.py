@@ -24,7 +24,7 @@ from replk_deploy.lowerings.grouped import Grouped  # noqa: E402
 from replk_deploy.lowerings.strip import Strip  # noqa: E402
 
 PAPER, INK, FAINT, RED = "#f6f8fa", "#1f2328", "#6e7781", "#d1242f"
-WIDE, TALL = 8.5, 6.7  # inches
+WIDE, TALL = 8.5, 6.3  # inches
 K, H = 7, 6  # of the kernel and of the map
 AT = 1, 2  # the output pixel that is followed: row and column
 STRIP = 4  # rows of a strip in the picture
@@ -41,16 +41,16 @@ def main() -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDE), ylim=(0, TALL))
     axes.axis("off")
-    convolution(axes, 0.62, 3.98, 0.22)
-    grouped(axes, 3.62, 4.02, 0.77, 0.30)
-    dense(axes, 0.62, 0.42, 0.069)
-    strip(axes, 3.62, 0.98, 0.462, 0.30)
+    convolution(axes, 0.62, 3.92, 0.21)
+    grouped(axes, 3.62, 3.60, 0.77, 0.32)
+    dense(axes, 0.62, 0.34, 0.069)
+    strip(axes, 3.62, 1.22, 0.462, 0.32)
     figure.savefig(Path(__file__).with_suffix(".svg"), facecolor=PAPER, metadata={"Date": None}, dpi=160)
 
 
 def convolution(axes: plt.Axes, left: float, bottom: float, cell: float) -> None:
     """Draw the kernel around one output pixel, and the map under it."""
-    title(axes, 0.25, 6.42, "The convolution", f"{K}×{K} kernel, {H}×{H} map, one channel")
+    title(axes, 0.25, 6.02, "The convolution", f"{K}×{K} on {H}×{H}")
     row, column = AT
     taps(axes, TAPS[0, 0], left + (column - K // 2) * cell, bottom + (H - 1 - row - K // 2) * cell, cell, cell)
     axes.add_patch(Rectangle((left, bottom), H * cell, H * cell, fill=False, edgecolor=INK, linewidth=1.6))
@@ -58,14 +58,14 @@ def convolution(axes: plt.Axes, left: float, bottom: float, cell: float) -> None
     axes.plot(*centre, "o", color=RED, markersize=4.5)
     for i in range(H):
         axes.text(left + H * cell + 0.07, bottom + (H - 1 - i + 0.5) * cell, f"$i={i}$", fontsize=8, va="center")
-    below = f"pixel $o={row}$ ● sees row $i$\nthrough kernel row $i-o+{K // 2}$"
-    axes.text(left - 0.37, bottom - 0.10, below, fontsize=8.5, va="top", linespacing=1.4)
+    below = f"The pixel in row $o$ sees row $i$\nthrough kernel row $i-o+{K // 2}$ (colour)."
+    axes.text(0.25, bottom - 0.10, below, fontsize=8.5, va="top", linespacing=1.4)
 
 
 def grouped(axes: plt.Axes, left: float, bottom: float, width: float, high: float) -> None:
     """Draw T: a row of kernels of 1 x k for each row of the output."""
     weight = Grouped.weight(SITE, TAPS).reshape(H, H, K)
-    title(axes, left - 0.37, 6.42, "grouped", f"$T$: {H} output rows × {H} input rows × {K} taps")
+    title(axes, left - 0.37, 6.02, "grouped", f"$T$: {H} output rows × {H} input rows × {K} taps")
     blocks(axes, weight, left, bottom, width, high)
     frame(axes, left, bottom + (H - 1 - AT[0]) * high, H * width, high)
 
@@ -78,14 +78,17 @@ def strip(axes: plt.Axes, left: float, bottom: float, width: float, high: float)
     weight = Strip.weight(tall, TAPS).reshape(STRIP, reach, K)
     title(axes, left - 0.37, 2.98, "strip", f"$S$: {STRIP} output rows × {reach} input rows × {K} taps, for any height")
     blocks(axes, weight, left, bottom, width, high)
-    words = f"one convolution with stride {STRIP} down the map; here strips of {STRIP} rows, in use {16}"
-    axes.text(left - 0.37, bottom - 0.14, words, fontsize=8.5, va="top")
+    words = (
+        "Rows count from the start of the strip, padding included.\n\n"
+        "One channel each; white is zero; red frames: the weights of the red pixel."
+    )
+    axes.text(left - 0.37, bottom - 0.14, words, fontsize=8.5, va="top", linespacing=1.3)
 
 
 def dense(axes: plt.Axes, left: float, bottom: float, cell: float) -> None:
     """Draw D, turned so that its rows are pixels of the output."""
     weight = Dense.weight(SITE, TAPS)[0].T
-    title(axes, 0.25, 3.24, "dense", f"$D$: {H * H} × {H * H} pixels")
+    title(axes, 0.25, 2.98, "dense", f"$D$: {H * H} × {H * H} pixels")
     taps(axes, weight, left, bottom, cell, cell, lines=False)
     side = H * H * cell
     for n in range(H + 1):
@@ -98,9 +101,7 @@ def dense(axes: plt.Axes, left: float, bottom: float, cell: float) -> None:
     frame(axes, left, bottom + side - (AT[0] * H + AT[1] + 1) * cell, side, cell)
 
 
-def blocks(
-    axes: plt.Axes, weight: np.ndarray, left: float, bottom: float, width: float, high: float
-) -> None:
+def blocks(axes: plt.Axes, weight: np.ndarray, left: float, bottom: float, width: float, high: float) -> None:
     """Draw weights [o, i, k] as a table of kernels of one row."""
     outputs, inputs, _ = weight.shape
     for o in range(outputs):

@@ -4,7 +4,8 @@ A package holds machine code for the processor that built it, and checks neither
 of its images: given float64 it reads the bytes as float32. So its sidecar says what it takes and where
 it runs, and is believed before the package is opened.
 
-What concerns GPUs has not been executed on one yet; its logic is tested with a false one.
+On a GPU no package has run yet: the one machine tried had a C++ compiler whose libraries crash beside
+PyTorch, which `probe` now says. The tests use a false one.
 """
 
 import functools

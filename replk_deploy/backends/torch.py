@@ -4,7 +4,7 @@ A depthwise convolution with a large kernel may differ several times in speed be
 layouts, in either direction, depending on the processor and the precision. So the layout is
 measured once, when a file is opened, and said in `facts`.
 
-What concerns GPUs has not been executed on one yet; its logic is tested with a false one.
+Its part for GPUs ran on an H100 (torch 2.11, CUDA 13.0); the tests use a false one.
 """
 
 import abc

@@ -81,6 +81,7 @@ class _Found:
     contestants: list[Contestant] = field(default_factory=list)
     timed: list[tuple[Contestant, Backend, Array]] = field(default_factory=list)
     agreements: dict[str, Agreement] = field(default_factory=dict)
+    artefacts: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     last: ReplkError | None = None
 
@@ -131,7 +132,9 @@ def bench(
             runners += [_baseline(baseline, runner, folder, progress) for runner in own]
         found = _Found()
         for runner in runners:
-            for lowered in _lowered(runner, run if runner in own else None, forms, folder, root, progress):
+            for lowered in _lowered(
+                runner, run if runner in own else None, forms, settings.device, folder, root, progress
+            ):
                 _enter_all(found, opened, lowered, settings, cuda_graph, idle_ms, progress)
         if not found.contestants:
             raise found.last or ReplkError("there is nothing to time", "name a backend")
@@ -153,7 +156,7 @@ def bench(
     benched = Benched(
         bench=dataclasses.replace(result, failures={**found.failures, **result.failures}),
         agreements=found.agreements,
-        artefacts={runner.kind.name: runner.path.name for runner in own},
+        artefacts=found.artefacts,
         skipped={},
         unverified=tuple(runner.kind.name for runner in own if runner.verdict == "unverified"),
     )
@@ -178,6 +181,7 @@ def _enter_all(
         IntegrityError: its file is not what it should be.
     """
     key, sha256 = runner.key, files.sha256(runner.path)
+    found.artefacts[key] = runner.path.name
     if runner.plan:
         settings = dataclasses.replace(settings, forms=tuple(runner.plan.forms.items()))
     try:
@@ -279,7 +283,13 @@ def _runners(
 
 
 def _lowered(
-    runner: _Runner, run: Workspace | None, forms: Sequence[Form], folder: Path, root: Path, progress: Progress
+    runner: _Runner,
+    run: Workspace | None,
+    forms: Sequence[Form],
+    device: Literal["auto", "cpu", "cuda"],
+    folder: Path,
+    root: Path,
+    progress: Progress,
 ) -> Iterator[_Runner]:
     """Yield a runner in each form that was asked for; batches that take the same forms stay together.
 
@@ -299,6 +309,7 @@ def _lowered(
                 form=form,
                 batch=count,
                 folder=folder,
+                device=device,
                 oracle=runner.oracle,
                 root=root,
                 progress=progress,

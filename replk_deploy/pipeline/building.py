@@ -73,6 +73,7 @@ def build(
     recipe, name = recipe or Recipe(), engine_name(kind, source)
     with tempfile.TemporaryDirectory() as folder:
         if refit is None:
+            _doubt(source, allow_unverified=allow_unverified)  # the lowered file has a verdict of its own
             source, recipe = _lowered(source, kind, run, recipe, form, Path(folder), oracle, root, progress)
         return build_file(
             source,
@@ -178,7 +179,7 @@ def needed(
         engine = run.take(name)
         said = sidecar.read(engine)
         fits = all(any(batch.holds(count) for batch in said.batches) for count in batches) or not said.batches
-        if said.verdict.state == "pass" and said.source_sha256 == files.sha256(source) and fits:
+        if said.verdict.state == "pass" and _made_of(said.source_sha256, source, run) and fits:
             with contextlib.suppress(IntegrityError), kind(engine):  # another version or device: built again
                 return engine
     oracle = sources.oracle_of(run, None)
@@ -213,6 +214,14 @@ def _lowered(
     if plan and kind.takes == "weights":
         recipe = dataclasses.replace(recipe, forms=tuple(plan.forms.items()))
     return path, recipe
+
+
+def _made_of(sha256: str, source: Path, run: Workspace) -> bool:
+    """Tell whether a file of this hash is the portable file, or one that the run holds lowered from it."""
+    portable = files.sha256(source)
+    known = [run.entry(name) for name in run.artefacts(source.suffix)]
+    lowered = {e.sha256 for e in known if e and e.by == "lower" and e.made_from.get(source.name) == portable}
+    return sha256 in {portable, *lowered}
 
 
 def _judge(engine: Path, source: Path, kind: type[Engine], oracle: Oracle | None, progress: Progress) -> Proof:

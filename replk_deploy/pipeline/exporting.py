@@ -60,17 +60,7 @@ def export(
         raise ReplkError(
             f"{output} does not end in {ending}", f"{'leave out' if onnx else 'add'} --onnx, or name a {ending} file"
         )
-    if output:
-        entries.spare_runs(output)
-    if artefact is None or artefact.is_dir():
-        latest = Workspace.latest(root) if artefact is None else Workspace.open(artefact)
-        run: Workspace | None = latest
-        fused = fusing.reopen(sources.fused_of(latest), prove=prove)
-    else:
-        loaded = sources.load_either(artefact, source, head)
-        if output:
-            entries.spare(artefact, output)
-        fused, run = fusing.fused_source(loaded, output, prove=prove, root=root, progress=progress)
+    fused, run = fused_for(artefact, output, source=source, head=head, prove=prove, root=root, progress=progress)
     return export_fused(
         fused,
         run,
@@ -83,6 +73,28 @@ def export(
         prove=prove,
         progress=progress,
     )
+
+
+def fused_for(
+    artefact: Path | None,
+    output: Path | None,
+    *,
+    source: Source,
+    head: str | None,
+    prove: bool,
+    root: Path,
+    progress: Progress,
+) -> tuple[Fused, Workspace | None]:
+    """Return the fused weights of a run or file, fused first where they are not, and the run that is concerned."""
+    if output:
+        entries.spare_runs(output)
+    if artefact is None or artefact.is_dir():
+        run = Workspace.latest(root) if artefact is None else Workspace.open(artefact)
+        return fusing.reopen(sources.fused_of(run), prove=prove), run
+    loaded = sources.load_either(artefact, source, head)
+    if output:
+        entries.spare(artefact, output)
+    return fusing.fused_source(loaded, output, prove=prove, root=root, progress=progress)
 
 
 def export_fused(

@@ -17,8 +17,10 @@ from replk_deploy.backends import cuda
 from replk_deploy.backends.base import Backend, Engine
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.batch import DYNAMIC, Batch
+from replk_deploy.container import Source
 from replk_deploy.costs import Calibration, Decision, Model
-from replk_deploy.errors import MismatchError, ReplkError
+from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
+from replk_deploy.export import LIMIT_BYTES
 from replk_deploy.lower import Lowered
 from replk_deploy.lowerings import NONE
 from replk_deploy.lowerings.base import LargeConv
@@ -34,7 +36,7 @@ from replk_deploy.workspace import ROOT, Workspace
 Form = Literal["auto", "none", "grouped", "dense", "strip"]
 AUTO: Form = "auto"
 GROWTH = 6.0  # times the fused weights, unless told otherwise
-CHANNEL_MAJOR = frozenset[str]()  # runtimes that gain from keeping what lies between dense forms in their layout
+CHANNEL_MAJOR = frozenset({"ort-cuda"})  # runtimes that gain from keeping what lies between dense forms in their layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +103,7 @@ def lower(
         ReplkError: a backend that starts from weights, which lowers when it opens them; no ONNX file; a map of
             unknown size.
     """
-    kind = runtimes.find(backend)
-    if kind.takes != "onnx":
-        raise ReplkError(f"{backend} lowers weights when it opens them", f"time it: replk bench --backend {backend}")
+    kind = _demand_onnx(backend)
     if batch < 1:
         raise ReplkError(f"a batch of {batch} images is none", "give --batch 1 or more")
     if not max_growth >= 1:
@@ -111,15 +111,15 @@ def lower(
     run, single = sources.run_or_file(artefact, root)
     if single and single.suffix != ".onnx":
         raise ReplkError(f"{single} is no ONNX file", "write one: replk export --onnx")
+    if single:
+        _demand_sound(single, prove=prove)
     source = single or exporting.needed(run, OrtCpu, precision, progress, any_verdict=not prove)
-    made = plan(lowering.find(source), kind, _precision(source), batch, form, _bytes(source), max_growth, root)
-    if run is None and output is None:
-        output = source.with_name(Path(_name(source, made)).name)
+    made = _planned(source, kind, batch, form, max_growth, root)
     return lower_file(
         source,
         made,
         run,
-        output=output,
+        output=output or (None if run else _beside(source, made)),
         oracle=sources.oracle_of(run, None) if run and prove else None,
         max_growth=max_growth,
         prove=prove,
@@ -133,33 +133,49 @@ def export_lowered(
     output: Path | None = None,
     form: Form,
     backend: str | None,
+    source: Source = "model",
+    head: str | None = None,
+    precision: Precision = "fp32",
+    size: sources.Size | None = None,
     batch: Batch = DYNAMIC,
+    embed: bool = False,
     prove: bool = True,
     root: Path = ROOT,
     progress: Progress = silent,
-    **chosen: Any,
 ) -> LoweredFile:
-    """Export a network as ONNX and lower it for the batch that it is tuned for; `chosen` is for `export`.
+    """Export a network as ONNX and lower it for the batch that it is tuned for; with `output`, only that is kept.
 
     Raises:
         MismatchError: the portable file was rejected.
     """
+    kind = _demand_onnx(backend or OrtCpu.name)
+    if output and output.suffix != ".onnx":
+        raise ReplkError(f"{output} does not end in .onnx", "leave out --onnx, or name a .onnx file")
+    fused, run = exporting.fused_for(
+        artefact, output, source=source, head=head, prove=prove, root=root, progress=progress
+    )
     with tempfile.TemporaryDirectory() as folder:
-        portable = Path(folder, f"{output.stem}.onnx") if output else None
-        exported = exporting.export(
-            artefact, output=portable, batch=batch, prove=prove, root=root, progress=progress, **chosen
+        exported = exporting.export_fused(
+            fused,
+            run,
+            output=Path(folder, output.name) if output else None,
+            precision=precision,
+            size=size,
+            batch=batch,
+            embed=embed,
+            prove=prove,
+            progress=progress,
         )
         if exported.verdict.state == "rejected":
             raise MismatchError(f"{exported.file} was rejected: {exported.verdict.why}", "do not deploy it")
-        return lower(
-            exported.file if output else Workspace.latest(root).folder,
-            output=output,
-            form=form,
-            backend=backend or OrtCpu.name,
-            batch=batch.opt,
-            precision=chosen.get("precision"),
+        made = _planned(exported.file, kind, batch.opt, form, GROWTH, root)
+        return lower_file(
+            exported.file,
+            made,
+            run,
+            output=output or (None if run else _beside(exported.file, made)),
+            oracle=fused.oracle if prove else None,
             prove=prove,
-            root=root,
             progress=progress,
         )
 
@@ -187,7 +203,7 @@ def lower_file(
         progress("lower", 0, 2)
         merge = made.runtime in CHANNEL_MAJOR
         lowered = lowering.lower_graph(source, part, lambda site: made.forms[site.name], channel_major=merge)
-        if lowered.growth > max_growth:
+        if made.form != AUTO and lowered.growth > max_growth:  # auto has weighed it
             raise ReplkError(
                 f"the weights would be {lowered.growth:.1f} times as large, and {max_growth:g} are allowed",
                 "raise --max-weight-growth, or take --lower auto",
@@ -206,7 +222,7 @@ def lower_file(
     done = LoweredFile(plan=made, lowered=lowered, errors=errors, proof=proof, verdict=verdict, file=file)
     if run and not output:
         made_from = {source.name: files.sha256(source)}
-        entries.enter(run, name, done, made_from=made_from, by="lower", options=_options(made))
+        entries.enter(run, name, done, made_from=made_from, by="lower", options=_options(made, prove=prove))
     return done
 
 
@@ -218,6 +234,7 @@ def needed(
     form: Form,
     batch: int,
     folder: Path,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     oracle: Oracle | None = None,
     root: Path = ROOT,
     progress: Progress = silent,
@@ -233,6 +250,7 @@ def needed(
         form: what was asked for.
         batch: images at a time.
         folder: for what is not kept.
+        device: where it will run, as in Settings.
         oracle: the float64 network, where it is at hand.
         root: folder of the runs, where a calibration of this machine may lie.
         progress: told while it is made.
@@ -243,13 +261,23 @@ def needed(
     sites = () if form == NONE else _sites(source, form)
     if not sites:
         return source, None
-    made = plan(sites, kind, _precision(source), batch, form, _bytes(source), GROWTH, root)
+    made = plan(
+        sites,
+        kind,
+        device="cpu" if device == "cpu" else _device(kind),
+        precision=_precision(source),
+        batch=batch,
+        form=form,
+        weight_bytes=_bytes(source),
+        max_growth=GROWTH,
+        root=root,
+    )
     if not made.changes:
         return source, None
     if source.suffix != ".onnx":
         return source, made
     name = _name(source, made)
-    if run and run.fresh(name, {source.name: files.sha256(source)}, _options(made)):
+    if run and run.fresh(name, {source.name: files.sha256(source)}, _options(made, prove=True)):
         return run.take(name), made
     output = None if run else folder / Path(name).name
     done = lower_file(source, made, run, output=output, oracle=oracle, progress=progress)
@@ -261,6 +289,8 @@ def needed(
 def plan(
     sites: Sequence[LargeConv],
     kind: type[Backend],
+    *,
+    device: str,
     precision: Precision,
     batch: int,
     form: Form,
@@ -268,11 +298,13 @@ def plan(
     max_growth: float,
     root: Path,
 ) -> Plan:
-    """Decide for each large convolution."""
+    """Decide for each large convolution; `device` is the name of a GPU, or cpu."""
     if form != AUTO:
         forms = {site.name: form for site in sites}
         return Plan(form=form, runtime=kind.name, batch=batch, forms=forms, source="", decisions=())
-    model = Model(costs.calibrations(root), kind.name, _device(kind), precision)
+    model = Model(costs.calibrations(root), kind.name, device, precision)
+    if kind.takes == "onnx":
+        max_growth = min(max_growth, LIMIT_BYTES / weight_bytes)
     decisions = costs.decide(
         sites, model, batch=batch, precision=precision, weight_bytes=weight_bytes, max_growth=max_growth
     )
@@ -310,6 +342,53 @@ def calibrate(
     return found, path
 
 
+def _demand_onnx(backend: str) -> type[Backend]:
+    """Return a backend that opens ONNX files or engines of them; ReplkError for any other."""
+    kind = runtimes.find(backend)
+    if kind.takes != "onnx":
+        raise ReplkError(f"{backend} lowers weights when it opens them", f"time it: replk bench --backend {backend}")
+    return kind
+
+
+def _planned(source: Path, kind: type[Backend], batch: int, form: Form, max_growth: float, root: Path) -> Plan:
+    """Decide for each large convolution of an ONNX file."""
+    return plan(
+        lowering.find(source),
+        kind,
+        device=_device(kind),
+        precision=_precision(source),
+        batch=batch,
+        form=form,
+        weight_bytes=_bytes(source),
+        max_growth=max_growth,
+        root=root,
+    )
+
+
+def _beside(source: Path, made: Plan) -> Path:
+    return source.with_name(Path(_name(source, made)).name)
+
+
+def _demand_sound(source: Path, *, prove: bool) -> None:
+    """Raise IntegrityError when a file of ours was rejected or, to prove anything by it, when no verdict speaks of it.
+
+    A file of somebody else has no verdict, and what is made of it a provisional one.
+    """
+    metadata = graph.header(source)
+    if metadata is None:
+        return
+    state = metadata.verdict.state if metadata.verdict else "unverified"
+    if state == "rejected" or (prove and state == "unverified"):
+        raise IntegrityError(
+            f"{source} is {state}, so nothing can be proved by it",
+            "export it again: replk export --onnx" if state == "rejected" else "export it without --no-verify",
+        )
+    if metadata.verdict and prove and metadata.verdict.content != graph.content_hash(source):
+        raise IntegrityError(
+            f"{source} is not the file that its verdict speaks of", "export it again: replk export --onnx"
+        )
+
+
 def _sites(source: Path, form: Form) -> tuple[LargeConv, ...]:
     """Find what can be lowered; on maps of unknown size nothing, unless a form is asked for by name."""
     if source.suffix == ".safetensors":
@@ -324,7 +403,8 @@ def _precision(source: Path) -> Precision:
 
 
 def _bytes(source: Path) -> int:
-    return source.stat().st_size  # weights are nearly all of it
+    """Return the bytes of all weights; of a weights file, which holds nothing else, those of the file."""
+    return lowering.weight_bytes(source) if source.suffix == ".onnx" else source.stat().st_size
 
 
 def _device(kind: type[Backend]) -> str:
@@ -339,8 +419,8 @@ def _name(source: Path, made: Plan) -> str:
     return f"{LOWERED}/{source.stem}.{suffix}.onnx"
 
 
-def _options(made: Plan) -> Mapping[str, Any]:
-    return {"forms": dict(made.forms), "channel_major": made.runtime in CHANNEL_MAJOR}
+def _options(made: Plan, *, prove: bool) -> Mapping[str, Any]:
+    return {"forms": dict(made.forms), "channel_major": made.runtime in CHANNEL_MAJOR, "proved": prove}
 
 
 def _judge(source: Path, part: Path, oracle: Oracle | None, errors: Mapping[str, float], lowered: Lowered) -> Proof:
