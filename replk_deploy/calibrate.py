@@ -69,35 +69,40 @@ def calibrate(
     kind.probe()
     shapes = {(s.channels, s.taps, s.map): s for s in sites}
     costs: list[Cost] = []
-    todo = [(site, batch, form) for site in shapes.values() for batch in batches for form in (ALONE, *forms_of(site))]
-    neighbours = 0.0
-    for done, (site, batch, form) in enumerate(todo):
+    todo = [(site, batch) for site in shapes.values() for batch in batches]
+    for done, (site, batch) in enumerate(todo):
         progress(f"calibrate {kind.name}", done, len(todo))
-        try:
-            with _prepared(kind, site, batch, form, precision) as (device, launches):
-                ms = min(stretch_ms(launch, queue=device != "cpu") for launch in launches)
-        except ReplkError:
-            if form in {ALONE, NONE}:
-                raise
-            continue
-        if form == ALONE:
-            neighbours = ms
-            continue
-        costs.append(
-            Cost(
-                runtime=Torch.name if kind.takes == "weights" else kind.name,
-                device=device,
-                precision=precision,
-                batch=batch,
-                channels=site.channels,
-                taps=site.taps,
-                map=site.map,
-                form=form,
-                ms=max(ms - neighbours, LEAST * ms),
+        device, layouts = _times(kind, site, batch, NONE, precision)
+        layout = layouts.index(min(layouts))  # that of the network, which a form has to live with
+        neighbours = _times(kind, site, batch, ALONE, precision)[1][layout]
+        for form in forms_of(site):
+            try:
+                ms = layouts[layout] if form == NONE else _times(kind, site, batch, form, precision)[1][layout]
+            except ReplkError:
+                continue
+            costs.append(
+                Cost(
+                    runtime=Torch.name if kind.takes == "weights" else kind.name,
+                    device=device,
+                    precision=precision,
+                    batch=batch,
+                    channels=site.channels,
+                    taps=site.taps,
+                    map=site.map,
+                    form=form,
+                    ms=max(ms - neighbours, LEAST * ms),
+                )
             )
-        )
     progress(f"calibrate {kind.name}", len(todo), len(todo))
     return Calibration(environment=machine.environment(), costs=tuple(costs))
+
+
+def _times(
+    kind: type[Backend], site: LargeConv, batch: int, form: str, precision: Precision
+) -> tuple[str, list[float]]:
+    """Return the device, and the milliseconds of a form in each memory layout."""
+    with _prepared(kind, site, batch, form, precision) as (device, launches):
+        return device, [stretch_ms(launch, queue=device != "cpu") for launch in launches]
 
 
 @contextmanager
