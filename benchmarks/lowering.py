@@ -28,6 +28,7 @@ from replk_deploy.batch import DYNAMIC
 from replk_deploy.errors import ReplkError
 from replk_deploy.lowerings.base import LargeConv
 from replk_deploy.metadata import Metadata
+from replk_deploy.models.base import Network
 from replk_deploy.models.replknet import VARIANTS, RepLKNet
 from replk_deploy.poison import randomise
 from replk_deploy.precision import PRECISIONS
@@ -43,7 +44,7 @@ def chooser(forms: str) -> Callable[[LargeConv], str]:
     return lambda site: names[int(site.name.split(".")[1])] if len(names) > 1 else names[0]
 
 
-def artefact(network: RepLKNet, options: argparse.Namespace, forms: str, folder: Path) -> tuple[Path, Settings]:
+def artefact(network: Network, options: argparse.Namespace, forms: str, folder: Path) -> tuple[Path, Settings]:
     """Write what a backend opens, and say how."""
     graphed, choose = torch.cuda.is_available(), chooser(forms)
     if options.kind.takes == "onnx":
@@ -70,7 +71,7 @@ def artefact(network: RepLKNet, options: argparse.Namespace, forms: str, folder:
     return path, Settings(cuda_graph=graphed, forms=() if forms == "none" else chosen)
 
 
-def measure(network: RepLKNet, options: argparse.Namespace, forms: str, batch: int, folder: Path) -> dict[str, Any]:
+def measure(network: Network, options: argparse.Namespace, forms: str, batch: int, folder: Path) -> dict[str, Any]:
     """Return one row."""
     images = np.random.default_rng(0).standard_normal((batch, 3, *options.sides), np.float32)
     row: dict[str, Any] = {"variant": options.variant, "size": options.size, "precision": options.precision}

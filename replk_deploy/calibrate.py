@@ -172,8 +172,8 @@ def _device(device: cuda.Device) -> str:
 
 def _conv(weight: Array, bias: Array) -> nn.Module:
     """Return a convolution with "same" padding; one whose weight has one input a channel is depthwise."""
-    channels, inputs, *size = weight.shape
-    conv = nn.Conv2d(channels, channels, size, padding="same", groups=channels // inputs, device="meta")
+    channels, inputs, high, wide = weight.shape
+    conv = nn.Conv2d(channels, channels, (high, wide), padding="same", groups=channels // inputs, device="meta")
     conv.weight, conv.bias = (nn.Parameter(torch.from_numpy(a.copy()), requires_grad=False) for a in (weight, bias))
     return conv
 

@@ -35,6 +35,7 @@ ALIKE = {"torch-compile": "torch", "aoti": "torch"}  # a compiler leaves convolu
 NEAR: dict[Precision, Precision] = {"bf16": "fp16"}  # bytes and matrix rates are the same
 MEASURED, MODELLED = 0.9, 0.75  # share of the convolution's time that a form may take, to be taken in its place
 FACTORS = 5  # of the sum
+REACH = 4  # times more or less work than any layer that was measured; a fit says nothing of what lies beyond
 FILE = "calibration.json"  # of the machine, in the folder of the runs
 
 
@@ -158,7 +159,7 @@ class Model:
     def times(self, site: LargeConv, batch: int) -> tuple[Mapping[str, float], bool]:
         """Return the expected milliseconds of each form that applies, and whether they were measured.
 
-        Empty when nothing is known of the convolution itself.
+        Empty when nothing is known of the convolution itself, nor of any about its size.
         """
         forms = forms_of(site)
         met = {
@@ -169,7 +170,8 @@ class Model:
         if NONE in met and len(met) > 1:
             return {form: met[form] for form in forms if form in met}, True
         modelled = {form: self._factors(form) for form in forms}
-        if modelled[NONE] is None:
+        work = [_macs(_site(cost), cost.batch) for cost in self._costs if cost.form == NONE]
+        if modelled[NONE] is None or not min(work) / REACH <= _macs(site, batch) <= max(work) * REACH:
             return {}, False
         return {
             form: float(factors @ _terms(form, site, batch, self._precision))
@@ -234,7 +236,7 @@ def _options(site: LargeConv, model: Model, batch: int) -> list[Decision]:
     """Return the forms that are worth taking, the best first, the convolution as it is last."""
     times, measured = model.times(site, batch)
     if NONE not in times:
-        return [Decision(site=site, form=NONE, why="nothing was measured for this runtime", ms={}, measured=False)]
+        return [Decision(site=site, form=NONE, why="nothing like it was measured", ms={}, measured=False)]
     limit = (MEASURED if measured else MODELLED) * times[NONE]
     worth = sorted((form for form in times if form != NONE and times[form] <= limit), key=lambda form: times[form])
     why = "measured" if measured else "modelled"
@@ -255,6 +257,10 @@ def _added(decision: Decision, itemsize: int) -> int:
         return 0
     site = decision.site
     return itemsize * (LOWERINGS[decision.form].elements(site) - site.channels * math.prod(site.kernel))
+
+
+def _macs(site: LargeConv, batch: int) -> int:
+    return batch * site.channels * math.prod(site.map) * math.prod(site.taps)
 
 
 def _site(cost: Cost) -> LargeConv:

@@ -28,7 +28,7 @@ WORDS = {"pass": "PASS", "provisional": "PASS (provisional)", "unverified": "UNV
     "regression": "REGRESSION",
     "error": "ERROR",
 }
-WORDY = "found or missing"  # the one column of sentences
+FOUND, BECAUSE = "found or missing", "because"  # columns of sentences
 COLOURS = {
     "pass": "green",
     "provisional": "yellow",
@@ -269,7 +269,7 @@ def doctor(found: Any) -> None:
     here = found.environment
     pairs({name: str(here[name]) for name in ("cpu", "gpu", "gpu_driver", "os", "python") if here.get(name)})
     colours = {"ready": "green", "missing": "yellow", "broken": "red"}
-    table = _table("backend", "state", WORDY, title="backends")
+    table = _table("backend", "state", FOUND, title="backends")
     for runtime in found.backends:
         facts = ", ".join(f"{name} {value}" for name, value in runtime.facts.items())
         words = escape(facts) if facts else f"{escape(runtime.why)}\n[dim]{escape(runtime.fix)}[/]"
@@ -290,21 +290,13 @@ def lowering(made: Any) -> None:
         why = site.reason or (decision.why if decision else "asked for")
         key = (site.kernel, site.taps, site.channels, site.map, site.choice, why, times, site.bytes_after)
         alike[key] = alike.get(key, 0) + 1
-    table = _table("kernel", "channels", "map", "form", "ms, of forms", "MB", "because", title="large convolutions")
+    table = _table("kernel, channels, map", "form", "ms", "MB", BECAUSE, title="large convolutions")
     for (kernel, taps, channels, size, choice, why, times, held), count in alike.items():
-        cropped = "" if taps == kernel else f" → {taps[0]}x{taps[1]}"
-        costs = ", ".join(
-            f"{'[bold]' if f == choice else ''}{f} {ms:.3g}{'[/]' if f == choice else ''}" for f, ms in times
-        )
-        table.add_row(
-            f"{f'{count} x ' if count > 1 else ''}{kernel[0]}x{kernel[1]}{cropped}",
-            str(channels),
-            "x".join(map(str, size)) if size else "?",
-            choice,
-            costs or "–",
-            f"{held / 1e6:.1f}",
-            why,
-        )
+        cropped = "" if taps == kernel else f"→{taps[0]}x{taps[1]}"
+        layer = f"{kernel[0]}x{kernel[1]}{cropped}, {channels}, {'x'.join(map(str, size)) if size else '?'}"
+        before, after = dict(times).get("none"), dict(times).get(choice)
+        gain = "–" if before is None else f"{before:.3g}" if choice == "none" else f"{before:.3g} → {after:.3g}"
+        table.add_row(f"{f'{count} x ' if count > 1 else ''}{layer}", choice, gain, f"{held / 1e6:.1f}", why)
     out.print(table if sites else "no large convolution: the graph is what it was")
     grown = f"weights {made.lowered.bytes_before / 1e6:.1f} → {made.lowered.bytes_after / 1e6:.1f} MB"
     out.print(f"{grown}, {made.lowered.growth:.2f} times" + (f"; times: {plan.source}" if plan.source else ""))
@@ -378,7 +370,7 @@ def _table(*heads: str, title: str) -> Table:
     first, *others = heads
     columns = (
         Column(first, overflow="fold"),
-        *(Column(head, no_wrap=head != WORDY, overflow="fold") for head in others),
+        *(Column(head, no_wrap=head not in {FOUND, BECAUSE}, overflow="fold") for head in others),
     )
     return Table(*columns, title=title, title_justify="left")
 

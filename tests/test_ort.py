@@ -295,7 +295,7 @@ def test_each_launch_has_a_graph_of_its_own_and_answers_are_outside_any(
         assert false_ort.runs[2:] == ["-1", "1", "-1", "2", "1", "2"], "each captured before its first launch counts"
 
 
-@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("tf32", "1"), ("fp16", "0")])
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("tf32", "1"), ("fp16", "1")])
 @pytest.mark.parametrize("name", ["ort-cuda"], indirect=True)
 def test_cuda_options_say_what_is_wanted(false_ort: FalseOrt, files: Files, precision: str, tf32: str) -> None:
     settings = Settings(layout="nhwc", conv_search="heuristic", cuda_graph=True)
@@ -385,7 +385,7 @@ def test_a_provider_that_took_nothing_is_refused(name: str, false_ort: FalseOrt,
 
 def test_an_option_that_is_not_in_force_is_refused(name: str, false_ort: FalseOrt, files: Files) -> None:
     key = "use_tf32" if name == "ort-cuda" else "trt_fp16_enable"
-    false_ort.twisted = {key: "true" if name == "ort-trt" else "1"}
+    false_ort.twisted = {key: "true" if name == "ort-trt" else "0"}
     if name == "ort-trt":  # another spelling of the same
         files.opened(name, "fp16").close()
         false_ort.twisted = {key: "0"}

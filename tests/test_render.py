@@ -142,6 +142,7 @@ def test_the_latency_table_keeps_every_number(monkeypatch, capsys, columns: int)
         "notes": (),
         "unstable": (),
         "contract": SimpleNamespace(precision="fp32"),
+        "facts": {},
     }
     first = SimpleNamespace(
         **row | {"name": "torch-compile b1", "backend": "torch-compile", "p50_ms": quantile(12.34, 12.0, 12.5)}
