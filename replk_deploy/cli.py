@@ -191,7 +191,7 @@ def lower(
     output: Output = None,
     form: Form = "auto",
     backend: Annotated[str, typer.Option(help=f"Runtime that auto decides for: {', '.join(BACKENDS)}.")] = "ort-cpu",
-    batch: Annotated[list[int], typer.Option(help="Images at a time; --calibrate takes several.")] = [1],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Images at a time; --calibrate takes several.")] = [],  # noqa: B006
     max_weight_growth: Annotated[float, typer.Option(help="Most that all weights together may grow, in times.")] = 6.0,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure each form on this machine, for auto, and lower nothing.")
@@ -209,12 +209,16 @@ def lower(
     if calibrate:
         with render.bars() as progress:
             found, path = pipeline.calibrate(
-                artefact, backend=backend, batches=tuple(dict.fromkeys(batch)), precision=wanted, progress=progress
+                artefact,
+                backend=backend,
+                batches=tuple(dict.fromkeys(batch or [1])),
+                precision=wanted,
+                progress=progress,
             )
         last = f"lower --calibrate {backend}: {len(found.costs)} times · {path}"
         render.show(found, lambda: render.calibration(found), last, "pass", as_json=as_json)
         return
-    if len(batch) != 1:
+    if len(batch) > 1:
         raise ReplkError("a file is lowered for one batch", "give --batch once, or add --calibrate")
     with render.bars() as progress:
         made = pipeline.lower(
@@ -222,7 +226,7 @@ def lower(
             output=output,
             form=form,
             backend=backend,
-            batch=batch[0],
+            batch=batch[0] if batch else None,
             max_growth=max_weight_growth,
             precision=wanted,
             prove=not no_verify,

@@ -1,13 +1,14 @@
 """What a large convolution costs on a runtime in each of its forms, and which form is therefore taken.
 
 Times come from calibrations: one record per machine, of single layers on one runtime. A layer that was measured
-at this batch costs what was measured. Any other costs what a sum of five terms says, whose factors are fitted
-to the measured layers of the same runtime, device, precision and form:
+at this batch costs what was measured, and one that was measured at others costs what it did there. Any other costs
+what a sum of five terms says, whose factors are fitted to the measured layers of the same runtime, device,
+precision and form:
 
     t = a + b·bytes(weight) + c·bytes(maps) + d·outputs·k + e·multiply-adds
 
 No factor is negative, and the fit minimises relative errors. A form is taken in place of the convolution only when
-it gains more than a measurement, or a fit, can be wrong by.
+it gains more than a measurement can be wrong by, or than the fit was wrong on any layer that it had not seen.
 """
 
 import dataclasses
@@ -70,8 +71,8 @@ class Decision:
     """Which form a large convolution takes, and why.
 
     Attributes:
-        ms: expected time of each form that applies; empty where nothing is known of the runtime.
-        measured: whether these were measured for this layer and batch, not modelled.
+        ms: time of each form that applies, as the decision takes it; empty where nothing is known.
+        measured: whether these were measured for this very layer and batch.
     """
 
     DERIVED: ClassVar[tuple[str, ...]] = ("gain_ms",)
@@ -136,60 +137,86 @@ class Model:
     """What one runtime costs on one device at one precision."""
 
     def __init__(self, known: Iterable[Calibration], runtime: str, device: str, precision: Precision) -> None:
-        """Take what fits best: this very device, else one of its kind; this precision, else one like it."""
-        self.source = ""
-        self._costs: tuple[Cost, ...] = ()
+        """Take what fits, the best first: this very device before its kind, this precision before its like."""
         self._precision = precision
-        kind = "cpu" if device == "cpu" else "cuda"
-        for wanted in dict.fromkeys((precision, NEAR.get(precision, precision))):
-            for exact in (True, False):
-                for calibration in known:
-                    costs = tuple(
-                        cost
-                        for cost in calibration.costs
-                        if cost.runtime == ALIKE.get(runtime, runtime)
-                        and cost.precision == wanted
-                        and (cost.device == device if exact else ("cpu" if cost.device == "cpu" else "cuda") == kind)
-                    )
-                    if costs and not self._costs:
-                        self._costs = tuple(cost for cost in costs if cost.device == costs[0].device)
-                        where = calibration.environment.get("cpu") if kind == "cpu" else costs[0].device
-                        self.source = f"{wanted} on {where}"
+        self._records: list[tuple[Cost, ...]] = []
+        sources = []
+        kind, wanted = _kind(device), ALIKE.get(runtime, runtime)
+        for like in dict.fromkeys((precision, NEAR.get(precision, precision))):
+            fitting = [
+                (calibration, name, costs)
+                for calibration in known
+                for name, costs in _by_device(calibration, wanted, like).items()
+                if _kind(name) == kind
+            ]
+            for calibration, name, costs in sorted(fitting, key=lambda found: found[1] != device):
+                self._records.append(costs)
+                sources.append(f"{like} on {calibration.environment.get('cpu') if kind == 'cpu' else name}")
+        self.source = "; ".join(dict.fromkeys(sources))
 
-    def times(self, site: LargeConv, batch: int) -> tuple[Mapping[str, float], bool]:
-        """Return the expected milliseconds of each form that applies, and whether they were measured.
+    def times(self, site: LargeConv, batch: int) -> tuple[Mapping[str, float], str]:
+        """Return the milliseconds of each form that applies, and how they are known; empty when nothing is.
 
-        Empty when nothing is known of the convolution itself, nor of any about its size.
+        A layer that was measured at other batches only costs, relative to the convolution, what it cost at the next
+        smaller and the next larger one, whichever speaks more against the form; below the smallest nothing is known.
         """
         forms = forms_of(site)
-        met = {
-            cost.form: cost.ms
-            for cost in self._costs
-            if (cost.channels, cost.taps, cost.map, cost.batch) == (site.channels, site.taps, site.map, batch)
-        }
-        if NONE in met and len(met) > 1:
-            return {form: met[form] for form in forms if form in met}, True
-        modelled = {form: self._factors(form) for form in forms}
-        work = [_macs(_site(cost), cost.batch) for cost in self._costs if cost.form == NONE]
-        if modelled[NONE] is None or not min(work) / REACH <= _macs(site, batch) <= max(work) * REACH:
-            return {}, False
-        return {
-            form: float(factors @ _terms(form, site, batch, self._precision))
-            for form, factors in modelled.items()
-            if factors is not None
-        }, False
+        for find in (self._measured, self._between, self._modelled):
+            for costs in self._records:
+                times, how = find(costs, site, batch)
+                if NONE in times and len(times) > 1:
+                    return {form: times[form] for form in forms if form in times}, how
+        return {}, ""
 
-    @functools.cache  # noqa: B019  # a model lives as long as one decision
-    def _factors(self, form: str) -> Any:
-        """Fit the factors of a form; None where fewer layers were measured than there are factors."""
-        rows = [cost for cost in self._costs if cost.form == form]
-        if len(rows) < FACTORS:
-            return None
-        terms = np.array([_terms(form, _site(cost), cost.batch, self._precision) for cost in rows])
-        times = np.array([cost.ms for cost in rows])
-        scale = np.abs(terms).max(axis=0)
-        factors, _ = nnls(terms / scale / times[:, None], np.ones(len(rows)))
-        return factors / scale
+    def _measured(self, costs: tuple[Cost, ...], site: LargeConv, batch: int) -> tuple[Mapping[str, float], str]:
+        return {cost.form: cost.ms for cost in costs if _same(cost, site) and cost.batch == batch}, "measured"
+
+    def _between(self, costs: tuple[Cost, ...], site: LargeConv, batch: int) -> tuple[Mapping[str, float], str]:
+        met = sorted({cost.batch for cost in costs if _same(cost, site) and cost.form == NONE})
+        below, above = [b for b in met if b < batch][-1:], [b for b in met if b > batch][:1]
+        if not below:
+            return {}, ""
+        times = [self._measured(costs, site, b)[0] for b in (*below, *above)]
+        ratios = {form: max(t[form] / t[NONE] for t in times) for form in times[0] if all(form in t for t in times)}
+        where = " and ".join(map(str, (*below, *above)))
+        return {form: ratio * times[0][NONE] for form, ratio in ratios.items()}, f"measured at batch {where}"
+
+    def _modelled(self, costs: tuple[Cost, ...], site: LargeConv, batch: int) -> tuple[Mapping[str, float], str]:
+        """Take the fits, each moved against the form by the most that it was wrong on a layer left out."""
+        work = [_macs(_site(cost), cost.batch) for cost in costs if cost.form == NONE]
+        if not work or not min(work) / REACH <= _macs(site, batch) <= max(work) * REACH:
+            return {}, ""
+        times = {}
+        for form in forms_of(site):
+            factors, slower, faster = _fit(tuple(cost for cost in costs if cost.form == form), self._precision)
+            if factors is not None:
+                fitted = float(factors @ _terms(form, site, batch, self._precision))
+                times[form] = fitted / faster if form == NONE else fitted * slower
+        return times, "modelled"
+
+
+@functools.lru_cache(maxsize=64)
+def _fit(rows: tuple[Cost, ...], precision: Precision) -> tuple[Any, float, float]:
+    """Fit the factors of a form; how many times slower and faster a layer left out was than the rest would say.
+
+    None where fewer layers were measured than there are factors, and one to leave out.
+    """
+    if len(rows) <= FACTORS:
+        return None, math.inf, math.inf
+    terms = np.array([_terms(cost.form, _site(cost), cost.batch, precision) for cost in rows])
+    times = np.array([cost.ms for cost in rows])
+    scale = np.abs(terms).max(axis=0)
+
+    def solve(kept: Any) -> Any:
+        return nnls((terms / scale / times[:, None])[kept], np.ones(kept.sum()))[0] / scale
+
+    everything = np.ones(len(rows), bool)
+    off = []
+    for index in range(len(rows)):
+        kept = everything.copy()
+        kept[index] = False
+        off.append(times[index] / max(float(solve(kept) @ terms[index]), 1e-9))
+    return solve(everything), max(1.0, *off), max(1.0, *(1 / ratio for ratio in off))
 
 
 def decide(
@@ -234,12 +261,12 @@ def _cost(*, taps: Sequence[int], map: Sequence[int], ms: float, **rest: Any) ->
 
 def _options(site: LargeConv, model: Model, batch: int) -> list[Decision]:
     """Return the forms that are worth taking, the best first, the convolution as it is last."""
-    times, measured = model.times(site, batch)
+    times, why = model.times(site, batch)
     if NONE not in times:
         return [Decision(site=site, form=NONE, why="nothing like it was measured", ms={}, measured=False)]
+    measured = why == "measured"
     limit = (MEASURED if measured else MODELLED) * times[NONE]
     worth = sorted((form for form in times if form != NONE and times[form] <= limit), key=lambda form: times[form])
-    why = "measured" if measured else "modelled"
     return [
         Decision(
             site=site,
@@ -261,6 +288,23 @@ def _added(decision: Decision, itemsize: int) -> int:
 
 def _macs(site: LargeConv, batch: int) -> int:
     return batch * site.channels * math.prod(site.map) * math.prod(site.taps)
+
+
+def _kind(device: str) -> str:
+    return "cpu" if device == "cpu" else "cuda"
+
+
+def _by_device(calibration: Calibration, runtime: str, precision: Precision) -> Mapping[str, tuple[Cost, ...]]:
+    """Return what was measured of a runtime at a precision, by device."""
+    found: dict[str, tuple[Cost, ...]] = {}
+    for cost in calibration.costs:
+        if cost.runtime == runtime and cost.precision == precision:
+            found[cost.device] = (*found.get(cost.device, ()), cost)
+    return found
+
+
+def _same(cost: Cost, site: LargeConv) -> bool:
+    return (cost.channels, cost.taps, cost.map) == (site.channels, site.taps, site.map)
 
 
 def _site(cost: Cost) -> LargeConv:

@@ -133,7 +133,7 @@ def bench(
         found = _Found()
         for runner in runners:
             for lowered in _lowered(
-                runner, run if runner in own else None, forms, settings.device, folder, root, progress
+                found, runner, run if runner in own else None, forms, settings.device, folder, root, progress
             ):
                 _enter_all(found, opened, lowered, settings, cuda_graph, idle_ms, progress)
         if not found.contestants:
@@ -187,7 +187,8 @@ def _enter_all(
     try:
         for backend, graph, load_s in _open(opened, runner, settings, cuda_graph):
             facts = {"artefact": runner.path.name, "sha256": sha256, "verdict": runner.verdict}
-            facts["lowering"] = runner.plan.words if runner.plan else NONE
+            before = runner.metadata.lowered if runner.metadata else ""
+            facts["lowering"] = (runner.plan.words if runner.plan else before) or backend.facts.get("lowering", NONE)
             agreement = _judge(key, runner, backend, progress)
             if agreement is not None:
                 found.agreements[key] = agreement
@@ -283,6 +284,7 @@ def _runners(
 
 
 def _lowered(
+    found: _Found,
     runner: _Runner,
     run: Workspace | None,
     forms: Sequence[Form],
@@ -302,18 +304,24 @@ def _lowered(
     for form in forms:
         ways: dict[tuple[tuple[str, str], ...], tuple[Path, Plan | None, list[int]]] = {}
         for count in runner.batches:
-            path, plan = lowering.needed(
-                runner.path,
-                runner.kind,
-                run,
-                form=form,
-                batch=count,
-                folder=folder,
-                device=device,
-                oracle=runner.oracle,
-                root=root,
-                progress=progress,
-            )
+            try:
+                path, plan = lowering.needed(
+                    runner.path,
+                    runner.kind,
+                    run,
+                    form=form,
+                    batch=count,
+                    folder=folder,
+                    device=device,
+                    oracle=runner.oracle,
+                    root=root,
+                    progress=progress,
+                )
+            except (MismatchError, IntegrityError):
+                raise
+            except ReplkError as exc:
+                found.failures[f"{runner.key} --lower {form}"], found.last = str(exc), exc
+                continue
             key = tuple(plan.forms.items()) if plan else ()
             if (key, count) not in done:
                 ways.setdefault(key, (path, plan, []))[2].append(count)

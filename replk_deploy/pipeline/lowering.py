@@ -1,6 +1,8 @@
 """`replk lower`: an exported graph → the same graph with large convolutions in forms that a runtime runs fast."""
 
 import dataclasses
+import math
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,13 +24,13 @@ from replk_deploy.costs import Calibration, Decision, Model
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.export import LIMIT_BYTES
 from replk_deploy.lower import Lowered
-from replk_deploy.lowerings import NONE
+from replk_deploy.lowerings import LOWERINGS, NONE
 from replk_deploy.lowerings.base import LargeConv
 from replk_deploy.lowerings.check import check_sites
 from replk_deploy.metadata import Metadata, Verdict
 from replk_deploy.pipeline import entries, exporting
 from replk_deploy.pipeline.exporting import LOWERED
-from replk_deploy.precision import Precision
+from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof
 from replk_deploy.workspace import ROOT, Workspace
@@ -90,7 +92,7 @@ def lower(
     output: Path | None = None,
     form: Form = AUTO,
     backend: str = OrtCpu.name,
-    batch: int = 1,
+    batch: int | None = None,
     max_growth: float = GROWTH,
     precision: Precision | None = None,
     prove: bool = True,
@@ -99,12 +101,15 @@ def lower(
 ) -> LoweredFile:
     """Lower the graph of a run or one ONNX file, in the run or at `output`, and judge it.
 
+    Without a batch it is decided for the one that the file is fixed to, else for one image. A file that holds
+    nothing to lower is copied as it is.
+
     Raises:
         ReplkError: a backend that starts from weights, which lowers when it opens them; no ONNX file; a map of
             unknown size.
     """
     kind = _demand_onnx(backend)
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise ReplkError(f"a batch of {batch} images is none", "give --batch 1 or more")
     if not max_growth >= 1:
         raise ReplkError(f"weights cannot become {max_growth:g} times as large", "give --max-weight-growth 1 or more")
@@ -114,17 +119,46 @@ def lower(
     if single:
         _demand_sound(single, prove=prove)
     source = single or exporting.needed(run, OrtCpu, precision, progress, any_verdict=not prove)
-    made = _planned(source, kind, batch, form, max_growth, root)
+    made = _planned(source, kind, _batch(source, batch), form, max_growth, root)
+    if not made.forms:
+        return _copy(source, made, output)
     return lower_file(
         source,
         made,
         run,
         output=output or (None if run else _beside(source, made)),
         oracle=sources.oracle_of(run, None) if run and prove else None,
-        max_growth=max_growth,
         prove=prove,
         progress=progress,
     )
+
+
+def _batch(source: Path, asked: int | None) -> int:
+    """Return the batch to decide for.
+
+    Raises:
+        ReplkError: the file does not take it.
+    """
+    said = graph.header(source)
+    stated = Batch.parse(said.batch) if said and said.batch else None
+    if asked is None:
+        return stated.max if stated and not stated.dynamic else 1
+    if stated and not stated.holds(asked):
+        raise ReplkError(f"{source} takes {stated} images at a time, not {asked}", "leave --batch out, or export again")
+    return asked
+
+
+def _copy(source: Path, made: Plan, output: Path | None) -> LoweredFile:
+    """Give back a file in which nothing can be lowered, whatever vouches for it."""
+    said = graph.header(source)
+    if output:
+        entries.spare(source, output)
+        with files.staged(output) as part:
+            shutil.copyfile(source, part)
+            files.commit(part, output)
+    verdict = said.verdict if said and said.verdict else publish.judged(None, graph.content_hash(source), "")
+    nothing = Lowered(sites=(), chains=0, bytes_before=0, bytes_after=0)
+    return LoweredFile(plan=made, lowered=nothing, errors={}, proof=None, verdict=verdict, file=output or source)
 
 
 def export_lowered(
@@ -187,7 +221,6 @@ def lower_file(
     *,
     output: Path | None = None,
     oracle: Oracle | None = None,
-    max_growth: float = GROWTH,
     prove: bool = True,
     progress: Progress = silent,
 ) -> LoweredFile:
@@ -202,16 +235,13 @@ def lower_file(
     with files.staged(final) as part:
         progress("lower", 0, 2)
         merge = made.runtime in CHANNEL_MAJOR
-        lowered = lowering.lower_graph(source, part, lambda site: made.forms[site.name], channel_major=merge)
-        if made.form != AUTO and lowered.growth > max_growth:  # auto has weighed it
-            raise ReplkError(
-                f"the weights would be {lowered.growth:.1f} times as large, and {max_growth:g} are allowed",
-                "raise --max-weight-growth, or take --lower auto",
-            )
+        by_name = None if made.form == AUTO else made.form  # so that it says why a form does not apply
+        lowered = lowering.lower_graph(source, part, lambda site: by_name or made.forms[site.name], channel_major=merge)
         errors = check_sites(source, part)
         progress("lower", 1, 2)
         if metadata:
-            metadata = dataclasses.replace(metadata, lowered=made.words, verdict=None)
+            words = ", ".join(filter(None, (metadata.lowered, made.words)))  # it may have been lowered before
+            metadata = dataclasses.replace(metadata, lowered=words, verdict=None)
             graph.seal(part, metadata)
         proof = publish.proved("lower", lambda: _judge(source, part, oracle, errors, lowered)) if prove else None
         verdict = publish.judged(proof, graph.content_hash(part), oracle.sha256 if oracle else "")
@@ -300,7 +330,9 @@ def plan(
 ) -> Plan:
     """Decide for each large convolution; `device` is the name of a GPU, or cpu."""
     if form != AUTO:
-        forms = {site.name: form for site in sites}
+        able = {site.name: form == NONE or LOWERINGS[form].refusal(site) is None for site in sites}
+        forms = {name: form if able[name] else NONE for name in able}
+        _demand_growth(sites, forms, precision, weight_bytes, max_growth)
         return Plan(form=form, runtime=kind.name, batch=batch, forms=forms, source="", decisions=())
     model = Model(costs.calibrations(root), kind.name, device, precision)
     if kind.takes == "onnx":
@@ -318,6 +350,23 @@ def plan(
     )
 
 
+def _demand_growth(
+    sites: Sequence[LargeConv], forms: Mapping[str, str], precision: Precision, weight_bytes: int, max_growth: float
+) -> None:
+    itemsize = TOLERANCES[precision].torch_dtype.itemsize
+    added = sum(
+        LOWERINGS[forms[site.name]].elements(site) - site.channels * math.prod(site.kernel)
+        for site in sites
+        if forms[site.name] != NONE
+    )
+    growth = 1 + added * itemsize / weight_bytes
+    if growth > max_growth:
+        raise ReplkError(
+            f"the weights would be {growth:.1f} times as large, and {max_growth:g} are allowed",
+            "take --lower auto, or raise --max-weight-growth of replk lower",
+        )
+
+
 def calibrate(
     artefact: Path | None = None,
     *,
@@ -329,6 +378,8 @@ def calibrate(
 ) -> tuple[Calibration, Path]:
     """Measure the large convolutions of a run or file on this machine, and keep it where `auto` looks first."""
     kind = runtimes.find(backend)
+    if not batches or min(batches) < 1:
+        raise ReplkError(f"batches {', '.join(map(str, batches))} are not all images", "give --batch 1 or more")
     if issubclass(kind, Engine):
         raise ReplkError(f"{backend} builds engines, and single layers are not timed so", "calibrate another backend")
     run, single = sources.run_or_file(artefact, root)
@@ -352,11 +403,12 @@ def _demand_onnx(backend: str) -> type[Backend]:
 
 def _planned(source: Path, kind: type[Backend], batch: int, form: Form, max_growth: float, root: Path) -> Plan:
     """Decide for each large convolution of an ONNX file."""
+    sites = lowering.find(source)
     return plan(
-        lowering.find(source),
+        sites,
         kind,
         device=_device(kind),
-        precision=_precision(source),
+        precision=_precision(source) if sites else "fp32",
         batch=batch,
         form=form,
         weight_bytes=_bytes(source),
