@@ -1,5 +1,6 @@
 """Which form a convolution takes: from times that were measured, or from a fit that gives back what made them."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -73,39 +74,72 @@ def choose(found: Model, *sites: LargeConv, batch: int = 1, growth: float = math
 def test_a_measured_layer_costs_what_was_measured_there_and_nowhere_else() -> None:
     odd = [row(LAYERS[2], form, ms) for form, ms in (("none", 70.0), ("grouped", 60.0))]
     found = Model([known(*odd, *MEASURED.costs[:6], *MEASURED.costs[18:])], "ort-cpu", "cpu", "fp32")
-    assert found.times(LAYERS[2], 1) == ({"none": 70.0, "grouped": 60.0}, True)
+    assert found.times(LAYERS[2], 1) == ({"none": 70.0, "grouped": 60.0}, "measured")
     wider = LargeConv(name="", channels=8, kernel=(41, 41), map=(9, 9))  # 17x17 touch the map: another layer
-    for site, batch in ((LAYERS[2], 2), (place(8, 11, 16, 16), 1), (place(9, 13, 16, 16), 1), (wider, 1)):
-        times, measured = found.times(site, batch)
-        assert not measured
-        assert max(times.values()) < 30
+    for site in (place(8, 11, 16, 16), place(9, 13, 16, 16), wider):
+        assert found.times(site, 1)[1] != "measured"
+
+
+def test_a_batch_between_costs_what_speaks_against_the_form_at_its_neighbours() -> None:
+    site = LAYERS[0]
+    at = {4: {"none": 10.0, "grouped": 5.0, "dense": 9.0}, 16: {"none": 40.0, "grouped": 36.0, "dense": 4.0}}
+    found = model(*(row(site, form, ms, batch) for batch, times in at.items() for form, ms in times.items()))
+    assert found.times(site, 8) == ({"none": 10.0, "grouped": 9.0, "dense": 9.0}, "measured at batch 4 and 16")
+    assert found.times(site, 99) == ({"none": 40.0, "grouped": 36.0, "dense": 4.0}, "measured at batch 16")
+    assert found.times(site, 2) == ({}, ""), "a smaller batch may be another matter"
+    assert [choose(found, site, batch=batch)[0].form for batch in (2, 4, 8, 99)] == ["none", "grouped", "none", "dense"]
 
 
 def test_other_layers_cost_what_made_the_measured_ones() -> None:
     found = Model([MEASURED], "ort-cpu", "cpu", "fp32")
     for site in UNSEEN:
         for batch in (1, 3, 12):
-            times, measured = found.times(site, batch)
-            assert not measured
+            times, how = found.times(site, batch)
+            assert how == "modelled"
             assert times == pytest.approx({form: truth(form, site, batch) for form in FACTORS}, rel=1e-6)
+
+
+def test_a_fit_is_moved_against_a_form_by_its_worst_error_on_a_layer_left_out() -> None:
+    site, exact = UNSEEN[0], model(*MEASURED.costs).times(UNSEEN[0], 1)[0]
+    for form, against in (("grouped", 1), ("none", -1)):
+        odd = next(cost for cost in MEASURED.costs if cost.form == form)
+        rows = [dataclasses.replace(c, ms=c.ms * 3.0**against) if c is odd else c for c in MEASURED.costs]
+        times, _ = model(*rows).times(site, 1)
+        assert times[form] ** against > 1.5 * exact[form] ** against
+        assert {f: ms for f, ms in times.items() if f != form} == {f: ms for f, ms in exact.items() if f != form}
+
+
+@pytest.mark.parametrize("calibration", SHIPPED, ids=lambda found: found.costs[0].device)
+@pytest.mark.parametrize("whole", [False, True], ids=["one batch", "all batches"])
+def test_no_measured_layer_that_is_left_out_is_made_slower(calibration: Calibration, *, whole: bool) -> None:
+    for cost in (cost for cost in calibration.costs if cost.form == "none"):
+        site, alike = costs._site(cost), (cost.runtime, cost.precision, cost.channels, cost.taps, cost.map)
+        layer = [c for c in calibration.costs if (c.runtime, c.precision, c.channels, c.taps, c.map) == alike]
+        hidden = {id(c) for c in layer if whole or c.batch == cost.batch}
+        rest = known(*(c for c in calibration.costs if id(c) not in hidden))
+        found = Model([rest], cost.runtime, cost.device, cost.precision)
+        (decision,) = choose(found, site, batch=cost.batch)
+        true = {c.form: c.ms for c in layer if c.batch == cost.batch}
+        assert true[decision.form] <= true["none"] / 0.97
 
 
 def test_a_fit_says_nothing_of_far_larger_or_smaller_layers() -> None:
     found = Model([MEASURED], "ort-cpu", "cpu", "fp32")  # from 8 channels of the first, to a batch of 4 of the last
-    small, large = place(2, 7, 9, 9), LAYERS[-1]
+    small = place(2, 7, 9, 9)
     assert found.times(small, 1)[0]
-    assert found.times(large, 4 * costs.REACH)[0]
-    assert found.times(place(1, 7, 9, 9), 1) == ({}, False)
-    assert found.times(large, 4 * costs.REACH + 1) == ({}, False)
+    assert found.times(place(1, 7, 9, 9), 1) == ({}, "")
+    largest = max(costs._macs(site, 4) for site in LAYERS)
+    channels = costs.REACH * largest // costs._macs(place(1, 13, 16, 16), 1)
+    assert found.times(place(channels, 13, 16, 16), 1)[0]
+    assert found.times(place(channels + 1, 13, 16, 16), 1) == ({}, "")
 
 
 def test_no_factor_is_negative_and_too_few_layers_are_no_fit() -> None:
-    shrinking = [row(s, "none", 5 - n) for n, s in enumerate(LAYERS)]  # larger layers are faster: no such machine
-    few = [row(s, "grouped", 0.1) for s in LAYERS[:4]]
-    found = model(*shrinking, *few)
-    assert (found._factors("none") >= 0).all()
-    assert set(found.times(UNSEEN[0], 1)[0]) == {"none"}
-    for nothing in (model(*shrinking[:4]), model()):
+    shrinking = [row(s, "none", 9 - n, b) for n, s in enumerate(LAYERS) for b in (1, 4)]  # the larger, the faster
+    few = [row(s, "grouped", 0.1) for s in LAYERS]
+    factors, _, _ = costs._fit(tuple(shrinking), "fp32")
+    assert (factors >= 0).all()
+    for nothing in (model(*shrinking, *few), model(*shrinking[:4]), model()):
         (decision,) = choose(nothing, UNSEEN[0])
         assert (decision.form, decision.why, decision.ms) == ("none", "nothing like it was measured", {})
         assert decision.gain_ms == 0
