@@ -139,6 +139,7 @@ class Model:
     def __init__(self, known: Iterable[Calibration], runtime: str, device: str, precision: Precision) -> None:
         """Take what fits, the best first: this very device before its kind, this precision before its like."""
         self._precision = precision
+        self._device = device
         self._records: list[tuple[Cost, ...]] = []
         sources = []
         kind, wanted = _kind(device), ALIKE.get(runtime, runtime)
@@ -165,6 +166,7 @@ class Model:
             for costs in self._records:
                 times, how = find(costs, site, batch)
                 if NONE in times and len(times) > 1:
+                    how += "" if costs[0].device == self._device else " on another device"
                     return {form: times[form] for form in forms if form in times}, how
         return {}, ""
 

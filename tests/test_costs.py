@@ -385,3 +385,12 @@ def test_a_batch_of_64_on_an_h100_rewrites_every_large_convolution() -> None:
     assert all(d.measured for batch in chosen for d in chosen[batch])
     assert all(d.ms[d.form] <= d.ms["none"] for batch in chosen for d in chosen[batch])
     assert sum(map(added, chosen[64])) / 4 * itemsize <= (GROWTH - 1) * size
+
+
+@pytest.mark.parametrize(("device", "form"), [(GPU, "grouped"), ("NVIDIA L4", "none")])
+def test_what_another_gpu_showed_must_gain_as_much_as_a_fit(device: str, form: str) -> None:
+    at = {"runtime": "ort-cuda", "precision": "fp16", "device": GPU}
+    rows = [row(LAYERS[0], "none", 2.0, **at), row(LAYERS[0], "grouped", 1.6, **at)]
+    found = Model([known(*rows)], "ort-cuda", device, "fp16")
+    (decision,) = decide([LAYERS[0]], found, batch=1, precision="fp16", weight_bytes=1000, max_growth=math.inf)
+    assert (decision.form, decision.measured) == (form, device == GPU)

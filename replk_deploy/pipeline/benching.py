@@ -181,6 +181,8 @@ def _enter_all(
         IntegrityError: its file is not what it should be.
     """
     key, sha256 = runner.key, files.sha256(runner.path)
+    if key in found.artefacts:  # lowered otherwise for other batches
+        key += f" b{','.join(map(str, runner.batches))}"
     found.artefacts[key] = runner.path.name
     if runner.plan:
         settings = dataclasses.replace(settings, forms=tuple(runner.plan.forms.items()))

@@ -119,6 +119,7 @@ def lower(
     if single:
         _demand_sound(single, prove=prove)
     source = single or exporting.needed(run, OrtCpu, precision, progress, any_verdict=not prove)
+    root = run.folder.parent if run else root
     made = _planned(source, kind, _batch(source, batch), form, max_growth, root)
     if not made.forms:
         return _copy(source, made, output)
@@ -291,6 +292,7 @@ def needed(
     sites = () if form == NONE else _sites(source, form)
     if not sites:
         return source, None
+    root = run.folder.parent if run else root
     made = plan(
         sites,
         kind,
@@ -388,7 +390,7 @@ def calibrate(
     if not sites:
         raise ReplkError(f"{source} has no large convolution on a map of known size", "name another file")
     found = calibrating.calibrate(kind, sites, batches=batches, precision=_precision(source), progress=progress)
-    path = root / costs.FILE
+    path = (run.folder.parent if run else root) / costs.FILE
     costs.add(path, found)
     return found, path
 
