@@ -281,11 +281,13 @@ def _options(site: LargeConv, model: Model, batch: int) -> list[Decision]:
     ]
 
 
+def added_elements(site: LargeConv, form: str) -> int:
+    """Count the elements that a form adds to the weight of a convolution."""
+    return 0 if form == NONE else LOWERINGS[form].elements(site) - site.channels * math.prod(site.kernel)
+
+
 def _added(decision: Decision, itemsize: int) -> int:
-    if decision.form == NONE:
-        return 0
-    site = decision.site
-    return itemsize * (LOWERINGS[decision.form].elements(site) - site.channels * math.prod(site.kernel))
+    return itemsize * added_elements(decision.site, decision.form)
 
 
 def _macs(site: LargeConv, batch: int) -> int:

@@ -88,18 +88,18 @@ class Lowered:
         return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
 
 
-def find(path: Path) -> tuple[LargeConv, ...]:
+def find(path: Path, *, lenient: bool = False) -> tuple[LargeConv, ...]:
     """Name the convolutions of an ONNX file that can be lowered, in the order of the graph.
+
+    Args:
+        path: the file.
+        lenient: name none where one has a map of unknown height or width.
 
     Raises:
         ReplkError: not a whole ONNX file, or a map of unknown height or width.
     """
-    return tuple(_sized(c) for _, c in _candidates(_open(path)) if not c.why)
-
-
-def sized(path: Path) -> bool:
-    """Tell whether the map of every convolution that can be lowered has a known size."""
-    return all(c.map is not None for _, c in _candidates(_open(path)) if not c.why)
+    able = [c for _, c in _candidates(_open(path)) if not c.why]
+    return () if lenient and any(c.map is None for c in able) else tuple(map(_sized, able))
 
 
 def weight_bytes(path: Path) -> int:

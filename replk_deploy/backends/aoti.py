@@ -27,7 +27,7 @@ from replk_deploy.backends.cuda import Device
 from replk_deploy.backends.torch import CpuLaunch
 from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.errors import ContractError, ReplkError, UnavailableError, first_line
-from replk_deploy.lowerings import NONE, modules
+from replk_deploy.lowerings import NONE, counted, modules
 from replk_deploy.models.base import Network
 from replk_deploy.precision import PRECISIONS, TOLERANCES, Precision
 from replk_deploy.progress import Progress
@@ -80,12 +80,11 @@ class Aoti(Engine):
             progress(f"build {cls.name}", 1, STEPS)
             _package(program, out)
         progress(f"build {cls.name}", STEPS, STEPS)
-        changed = [form for _, form in recipe.forms if form != NONE]
         facts = {
             **compilers,
             "onednn": "off" if stalls else "on",
             "shapes": "dynamic batch" if batch.dynamic else "static",
-            "lowering": ", ".join(f"{form} {changed.count(form)}" for form in sorted({*changed})) or NONE,
+            "lowering": counted(form for _, form in recipe.forms) or NONE,
         }
         free = None if batch.dynamic else batch.max
         spec = TensorSpec(name="images", dtype=str(dtype).removeprefix("torch."), shape=(free, 3, *size))

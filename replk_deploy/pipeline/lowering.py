@@ -1,10 +1,8 @@
 """`replk lower`: an exported graph → the same graph with large convolutions in forms that a runtime runs fast."""
 
 import dataclasses
-import math
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from replk_deploy.costs import Calibration, Decision, Model
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.export import LIMIT_BYTES
 from replk_deploy.lower import Lowered
-from replk_deploy.lowerings import LOWERINGS, NONE
+from replk_deploy.lowerings import LOWERINGS, NONE, counted
 from replk_deploy.lowerings.base import LargeConv
 from replk_deploy.lowerings.check import check_sites
 from replk_deploy.metadata import Metadata, Verdict
@@ -66,8 +64,7 @@ class Plan:
     @property
     def words(self) -> str:
         """Say how many take which form."""
-        counted = Counter(form for form in self.forms.values() if form != NONE)
-        said = ", ".join(f"{form} {count}" for form, count in sorted(counted.items()))
+        said = counted(self.forms.values())
         return f"{said} of {len(self.forms)}" if said else ""
 
 
@@ -356,11 +353,7 @@ def _demand_growth(
     sites: Sequence[LargeConv], forms: Mapping[str, str], precision: Precision, weight_bytes: int, max_growth: float
 ) -> None:
     itemsize = TOLERANCES[precision].torch_dtype.itemsize
-    added = sum(
-        LOWERINGS[forms[site.name]].elements(site) - site.channels * math.prod(site.kernel)
-        for site in sites
-        if forms[site.name] != NONE
-    )
+    added = sum(costs.added_elements(site, forms[site.name]) for site in sites)
     growth = 1 + added * itemsize / weight_bytes
     if growth > max_growth:
         raise ReplkError(
@@ -448,7 +441,7 @@ def _sites(source: Path, form: Form) -> tuple[LargeConv, ...]:
     if source.suffix == ".safetensors":
         model, metadata = weights.read(source)
         return lowering.find_network(model, metadata.preprocessing.size)
-    return lowering.find(source) if form != AUTO or lowering.sized(source) else ()
+    return lowering.find(source, lenient=form == AUTO)
 
 
 def _precision(source: Path) -> Precision:
@@ -481,8 +474,8 @@ def _judge(source: Path, part: Path, oracle: Oracle | None, errors: Mapping[str,
     """Judge each changed place alone and the whole graph, by the float64 network or else by what it was made from."""
     metadata = graph.header(part)
     if oracle is not None:
-        with proving.open_onnx(part, metadata.precision if metadata else None) as backend:
-            precision = metadata.precision if metadata else None
+        precision = metadata.precision if metadata else None
+        with proving.open_onnx(part, precision) as backend:
             proof = proving.prove_backend("lower", oracle, backend, metadata, precision=precision)
     else:
         proof = proving.prove_graphs(source, part)
