@@ -1,9 +1,12 @@
 """ONNX Runtime: its CPU provider as it is, its GPU providers with the CPU's in their place."""
 
+import contextlib
 import re
+import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,8 +16,9 @@ import torch
 from onnx import TensorProto
 
 from replk_deploy import backends, bench, machine, optional
-from replk_deploy.backends import ort
+from replk_deploy.backends import ort, ort_kernels
 from replk_deploy.backends.base import Settings
+from replk_deploy.backends.ort_kernels import Kernel
 from replk_deploy.errors import ContractError, ReplkError, UnavailableError
 from tests import artefacts, false_gpu
 from tests.artefacts import ODD, SIZE, Files, graph, images
@@ -416,6 +420,42 @@ def test_a_failing_run_is_told_with_what_to_do(
 
 
 @pytest.mark.usefixtures("false_ort")
-def test_launch_times_are_not_sold_as_kernel_times(name: str, files: Files) -> None:
-    with files.opened(name, "fp16") as found, pytest.raises(UnavailableError, match="not kernel times"):
+@pytest.mark.parametrize(
+    ("name", "words"), [("ort-cuda", "cannot see kernels"), ("ort-trt", "one node")], indirect=["name"]
+)
+def test_launch_times_are_not_sold_as_kernel_times(
+    name: str, words: str, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.profiler, "supported_activities", set)
+    with files.opened(name, "fp16") as found, pytest.raises(UnavailableError, match=words):
         found.layer_times(images(1), repeats=1)
+
+
+@pytest.mark.usefixtures("false_ort")
+@pytest.mark.parametrize("name", ["ort-cuda"], indirect=True)
+def test_nodes_lie_on_the_epochs_clock_while_kernels_are_recorded(
+    name: str, files: Files, monkeypatch: pytest.MonkeyPatch, in_empty_folder: Path
+) -> None:
+    ends: list[int] = []
+
+    @contextlib.contextmanager
+    def recorded(folder: Path) -> Iterator[list[Kernel]]:
+        assert folder.is_dir()
+        ends.append(time.time_ns())
+        yield [Kernel("k", 1, 2, 3.0)]
+        ends.append(time.time_ns())
+
+    given: list[Any] = []
+    monkeypatch.setattr(ort_kernels, "demand", lambda _: None)
+    monkeypatch.setattr(ort_kernels, "recorded", recorded)
+    monkeypatch.setattr(ort_kernels, "attributed", lambda *args: given.append(args) or ())
+    with files.opened(name, "fp16") as found:
+        found.layer_times(images(2), repeats=3)
+    ((nodes, kernels),) = given
+    begun, ended = ends
+    assert kernels == [Kernel("k", 1, 2, 3.0)]
+    assert "head/Gemm" in {node[0].name for node in nodes}
+    for turns in nodes:
+        assert len(turns) == 3, "warm-ups are left out"
+        assert begun - 1000 <= turns[0].start_ns <= turns[-1].end_ns <= ended, "cut down to microseconds"
+    assert not list(in_empty_folder.iterdir())

@@ -141,7 +141,7 @@ class OrtCpu(OrtRuntime):
             for _ in range(1 + repeats):
                 session.run(self.outputs, feed)
             trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        return _layers(trace, _Names(self._artefact), repeats)
+        return _layers(trace, Names(self._artefact), repeats)
 
 
 @final
@@ -223,7 +223,7 @@ def _is_bf16(artefact: Path) -> bool:
     return any(port.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for port in graph.input)
 
 
-class _Names:
+class Names:
     """Which node of the file a node that ONNX Runtime executes comes from."""
 
     def __init__(self, artefact: Path) -> None:
@@ -245,17 +245,28 @@ class _Names:
         return maker.name if maker is not None else name
 
 
-def _layers(trace: Sequence[Mapping[str, Any]], names: _Names, repeats: int) -> tuple[LayerTime, ...]:
-    """Read a trace of one run to warm up and `repeats` more."""
-    times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+def executions(trace: Sequence[Mapping[str, Any]], runs: int) -> tuple[tuple[str, str, Sequence[tuple[int, int]]], ...]:
+    """Read a trace: name and operator of each node, and start and length in µs of each time that it was executed.
+
+    Raises:
+        ContractError: a node was not executed once in each run, or there is none.
+    """
+    found: dict[tuple[str, str, str], list[tuple[int, int]]] = defaultdict(list)
     executed = (e for e in trace if e.get("cat") == "Node" and e["name"].endswith(KERNEL))
     for event in sorted(executed, key=lambda e: int(e["ts"])):
         key = (event["args"]["node_index"], event["name"].removesuffix(KERNEL), event["args"]["op_name"])
-        times[key].append(event["dur"] / 1e3)
-    unlike = {name: len(found) for (_, name, _), found in times.items() if len(found) != 1 + repeats}
-    if unlike or not times:
-        raise ContractError(f"ONNX Runtime's profile of {1 + repeats} runs has other counts of nodes: {unlike}")
+        found[key].append((int(event["ts"]), int(event["dur"])))
+    unlike = {name: len(times) for (_, name, _), times in found.items() if len(times) != runs}
+    if unlike or not found:
+        raise ContractError(f"ONNX Runtime's profile of {runs} runs has other counts of nodes: {unlike}")
+    return tuple((name, kind, times) for (_, name, kind), times in found.items())
+
+
+def _layers(trace: Sequence[Mapping[str, Any]], names: Names, repeats: int) -> tuple[LayerTime, ...]:
+    """Read a trace of one run to warm up and `repeats` more."""
     return tuple(
-        LayerTime(name=names.original(name, kind), kind=kind, samples_ms=tuple(found[1:]), detail=name)
-        for (_, name, kind), found in times.items()
+        LayerTime(
+            name=names.original(name, kind), kind=kind, samples_ms=tuple(us / 1e3 for _, us in times[1:]), detail=name
+        )
+        for name, kind, times in executions(trace, 1 + repeats)
     )

@@ -11,18 +11,21 @@ false GPU and ONNX Runtime's CPU provider in the place of the GPU's: binding, pl
 import abc
 import contextlib
 import itertools
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import onnx
 
 from replk_deploy import machine, optional
-from replk_deploy.backends import cuda, ports
+from replk_deploy.backends import cuda, ort_kernels, ports
 from replk_deploy.backends.base import DEFAULT, Array, Arrays, LayerTime, Settings
 from replk_deploy.backends.cuda import CudaLaunch
-from replk_deploy.backends.ort import OrtRuntime, onnxruntime, session_options
+from replk_deploy.backends.ort import Names, OrtRuntime, executions, onnxruntime, session_of, session_options
 from replk_deploy.backends.ort_binding import NO_CAPTURE, Bound
+from replk_deploy.backends.ort_kernels import Execution
 from replk_deploy.backends.ports import Ports
 from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.errors import ReplkError, UnavailableError, first_line
@@ -36,6 +39,7 @@ SHAPES_ONLY = frozenset(
 )
 FEW = 3
 STREAM = "user_compute_stream"
+WARM_UPS = 2  # of a profiled session
 
 
 class OrtGpu(OrtRuntime):
@@ -90,12 +94,12 @@ class OrtGpu(OrtRuntime):
         said, batch = ports.of_file(artefact)
         if said.precision not in self.precisions:  # before the provider builds what takes minutes
             raise self._not_offered(said.precision, artefact)
-        providers = self._providers(said, batch, settings)
+        self._artefact, self._asked = artefact, self._providers(said, batch, settings)
         options = session_options(onnxruntime("gpu"))
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        self._start(artefact, options, providers)
+        self._start(artefact, options, self._asked)
         self._demand_placement(artefact)
-        self.facts = facts | {"cuda_graph": "on" if self._graphs else "off"} | self._in_force(providers[0][1])
+        self.facts = facts | {"cuda_graph": "on" if self._graphs else "off"} | self._in_force(self._asked[0][1])
 
     @abc.abstractmethod
     def _providers(
@@ -146,22 +150,10 @@ class OrtGpu(OrtRuntime):
             launch.wait()
         return launch
 
-    def _bound(self, images: Array, number: int) -> CudaLaunch:
+    def _bound(self, images: Array, number: int, session: Any = None) -> CudaLaunch:
         """Return a launch whose addresses stay; `number` is that of its CUDA graph."""
-        run = Bound(self._open(), self.input, self.outputs, cuda.place(self._cast(images)), number)
+        run = Bound(session or self._open(), self.input, self.outputs, cuda.place(self._cast(images)), number)
         return CudaLaunch(run, graph=False, on=self._stream)
-
-    def layer_times(self, images: Array, *, repeats: int) -> tuple[LayerTime, ...]:
-        """Refuse: what the profiler tells of a GPU is no time of a kernel.
-
-        Raises:
-            UnavailableError: always.
-        """
-        del images, repeats
-        raise UnavailableError(
-            f"ONNX Runtime's profiler gives {self.name} the host's launch times, which are not kernel times",
-            "profile the backend torch or trt, or the whole process: nsys profile replk bench",
-        )
 
 
 @final
@@ -188,6 +180,37 @@ class OrtCuda(OrtGpu):
             STREAM: str(self._stream.cuda_stream),
         }
         return [(self.provider, options)]
+
+    def layer_times(self, images: Array, *, repeats: int) -> tuple[LayerTime, ...]:
+        """Time the kernels that each node launches, with PyTorch's profiler, in a session of its own.
+
+        Two runs more warm up: one that learns the shapes, in which cuDNN searches, and one between the places
+        that stay.
+        """
+        self._open()
+        self.check(images)
+        ort_kernels.demand(self.name)
+        with tempfile.TemporaryDirectory() as folder:
+            options = session_options(onnxruntime("gpu"))
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder, "nodes"))
+            session = session_of(onnxruntime("gpu"), self._artefact, options, self._asked)
+            launch = self._bound(images, NO_CAPTURE, session)
+            _once(launch)
+            with ort_kernels.recorded(Path(folder)) as kernels:
+                for _ in range(repeats):
+                    _once(launch)
+            origin = session.get_profiling_start_time_ns()
+            trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        names = Names(self._artefact)
+        nodes = [
+            [
+                Execution(names.original(name, kind), kind, origin + 1000 * start, origin + 1000 * (start + length))
+                for start, length in times[WARM_UPS:]
+            ]
+            for name, kind, times in executions(trace, WARM_UPS + repeats)
+        ]
+        return ort_kernels.attributed(nodes, kernels)
 
     def _not_offered(self, precision: Precision, artefact: Path) -> UnavailableError:
         return UnavailableError(
@@ -235,12 +258,29 @@ class OrtTrt(OrtGpu):
             }
         return [(self.provider, options), ("CUDAExecutionProvider", {"device_id": "0", STREAM: options[STREAM]})]
 
+    def layer_times(self, images: Array, *, repeats: int) -> tuple[LayerTime, ...]:
+        """Refuse: to ONNX Runtime, an engine is one node.
+
+        Raises:
+            UnavailableError: always.
+        """
+        del images, repeats
+        raise UnavailableError(
+            f"{self.name} runs the whole network as one node, which has no layers to time",
+            "profile the backend trt, which times the layers of such an engine",
+        )
+
     def _not_offered(self, precision: Precision, artefact: Path) -> UnavailableError:
         why = "has no switch for TF32, so fp32 is" if precision == "fp32" else f"has no {precision}, so that is"
         return UnavailableError(
             f"ONNX Runtime's TensorRT provider {why} not offered: {artefact}",
             "export it as tf32 or fp16: replk export --onnx --precision fp16; or use ort-cuda or trt",
         )
+
+
+def _once(launch: CudaLaunch) -> None:
+    launch.enqueue()
+    launch.wait()
 
 
 def _one_node() -> bytes:
