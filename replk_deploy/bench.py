@@ -55,6 +55,7 @@ def enter(
     model: str = "",
     cuda_graph: bool = False,
     idle_ms: float = 0.0,
+    erase: Callable[[], None] | None = None,
     load_s: float | None = None,
     clock: Clock = time.perf_counter_ns,
 ) -> Contestant:
@@ -66,16 +67,20 @@ def enter(
         model: label of the network, where several take part.
         cuda_graph: whether the backend was opened to replay a captured graph; means nothing on a CPU.
         idle_ms: pause before each inference, outside the clock.
+        erase: empties the cache of the GPU before each inference, outside all clocks.
         load_s: what opening took.
         clock: host clock in nanoseconds.
 
     Raises:
-        ReplkError: no batch, batches of unlike shapes, one that the backend does not take, or a negative pause.
+        ReplkError: no batch, batches of unlike shapes, one that the backend does not take, a negative pause, or a
+            cache of a CPU to empty.
     """
     if not batches or len({(batch.shape, batch.dtype) for batch in batches}) != 1:
         raise ReplkError("a contestant needs one or more batches of one shape", "pass batches of equal shape and type")
     if not (idle_ms >= 0 and math.isfinite(idle_ms)):
         raise ReplkError(f"{idle_ms} ms is no pause", "give --idle-ms 0 or more")
+    if erase and backend.device != "cuda":
+        raise ReplkError(f"{backend.name} runs on the CPU, whose caches nobody here can empty", "leave out --cold-l2")
     start = clock()
     launches = tuple(backend.prepare(batch) for batch in batches)
     prepared = clock()
@@ -92,6 +97,7 @@ def enter(
         sync="spin" if cuda else "return",  # CUDA's own choice where cores are free; no backend asks for another
         cuda_graph=cuda_graph if cuda else None,
         rotate=len(batches),
+        l2="cold" if erase else "hot",
         idle_ms=idle_ms,
     )
     return Contestant(
@@ -105,6 +111,7 @@ def enter(
         load_s=load_s,
         prepare_s=(prepared - start) / 1e9,
         first_inference_ms=first.host_ms,
+        erase=erase,
     )
 
 

@@ -354,6 +354,9 @@ def bench(
         str | None, typer.Option(metavar="|".join(PRECISIONS), help="Which exported file of a run; else the newest.")
     ] = None,
     idle_ms: Annotated[float, typer.Option(help="Pause before each inference, outside the clock.")] = 0.0,
+    cold_l2: Annotated[
+        bool, typer.Option("--cold-l2", help="Empty the GPU's L2 cache before each inference, outside the clocks.")
+    ] = False,
     require_stable: Annotated[bool, typer.Option("--require-stable", help="Exit 7 when a row did not settle.")] = False,
     allow_unverified: AllowUnverified = False,
     as_json: Json = None,
@@ -374,6 +377,7 @@ def bench(
             max_seconds=max_seconds,
             percentiles=tuple(percentile),
             idle_ms=idle_ms,
+            cold_l2=cold_l2,
             precision=options.precision_of(precision) if precision else None,
             allow_unverified=allow_unverified,
             progress=progress,

@@ -46,7 +46,12 @@ FLOW_MS, FLOW_SPARE = 2000.0, 1.1  # shortest stretch that gives a throughput; h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contestant:
-    """One network on one backend at one batch, ready to be timed; `launches` hold distinct inputs that take turns."""
+    """One network on one backend at one batch, ready to be timed.
+
+    Attributes:
+        launches: distinct inputs that take turns.
+        erase: empties the cache of the GPU, before each launch and outside all clocks; None leaves it as it is.
+    """
 
     model: str = ""
     backend: str
@@ -58,6 +63,7 @@ class Contestant:
     load_s: float | None = None
     prepare_s: float | None = None
     first_inference_ms: float | None = None
+    erase: Callable[[], None] | None = None
 
     @property
     def name(self) -> str:
@@ -108,7 +114,8 @@ class Lane:
     @property
     def queues(self) -> bool:
         """Tell whether enqueue returns before the answer is there, and inferences follow without a pause."""
-        return self.contestant.device == "cuda" and not self.contestant.contract.idle_ms
+        c = self.contestant
+        return c.device == "cuda" and not c.contract.idle_ms and c.erase is None
 
     def warm_up(self) -> None:
         """Run until the last three windows agree, or the cap is reached."""
@@ -221,6 +228,8 @@ class Lane:
         while not samples or (self._clock() - start) / 1e6 < length_ms:
             if idle_s:
                 self._sleep(idle_s)
+            if self.contestant.erase:
+                self.contestant.erase()
             samples.append(once(next(self._turns), self._clock))
         return samples
 

@@ -173,7 +173,8 @@ def latency(found: Any) -> None:
         *(["GPU p50 ms"] if gpu else []),
         *(["images/s"] if flow else []),
     ]
-    table = _table(*heads, "ratio", title="latency")
+    cold = any(r.contract.l2 == "cold" for r in rows)
+    table = _table(*heads, "ratio", title="latency, cold L2" if cold else "latency")
     for row in rows:
         alone = "baseline" if row.backend == timed.baseline and row.model == (timed.baseline_model or "") else "–"
         cells = [row.name, *([row.contract.precision] if len(precisions) > 1 else [])]
@@ -184,9 +185,8 @@ def latency(found: Any) -> None:
     out.print(table)
     base = timed.baseline_model or timed.baseline
     types = ", ".join(sorted(precisions))
-    out.print(
-        f"{types}, host clock, input in place, 95% intervals; ratio is time over {escape(base)}'s, paired by round"
-    )
+    place = "input in place, L2 cache emptied before each inference" if cold else "input in place"
+    out.print(f"{types}, host clock, {place}, 95% intervals; ratio is time over {escape(base)}'s, paired by round")
     for row in rows:
         for why in (*row.notes, *row.unstable):
             out.print(f"[yellow]note[/] {escape(row.name)}: {escape(why)}", soft_wrap=True)

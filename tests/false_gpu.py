@@ -12,7 +12,7 @@ import torch
 
 from replk_deploy.backends import cuda
 
-NAME, CAPABILITY, PEAK_MIB = "False GPU", (9, 0), 96
+NAME, CAPABILITY, PEAK_MIB, L2_BYTES = "False GPU", (9, 0), 96, 1000
 TICK_MS = 0.25  # between two events
 
 
@@ -28,6 +28,7 @@ class FalseGpu:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(cuda, "DEVICE", "cpu")
         patch.setattr(cuda, "available", lambda: True)  # not torch's own: its compiler asks, too
+        patch.setattr(cuda, "l2_bytes", lambda: L2_BYTES)  # nor the properties of its device
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(torch.backends.cudnn.m, "version", lambda: 92000)
         for name, value in {

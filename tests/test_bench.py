@@ -697,6 +697,36 @@ def test_pauses_come_before_each_inference_and_stay_outside_the_clock() -> None:
     assert pauses == [0.008] * len(log)
 
 
+def test_a_cold_cache_is_made_before_each_launch_and_outside_all_clocks() -> None:
+    clock, log = FakeClock(), []
+    launch = Queued(clock, 2.0, wait_ms=0.5)
+    enqueue, wait = launch.enqueue, launch.wait
+
+    def erase() -> None:
+        log.append("erase")
+        clock.sleep(0.007)
+
+    launch.enqueue = lambda: (log.append("enqueue"), enqueue())
+    launch.wait = lambda: (log.append("wait"), wait())
+    entered = dataclasses.replace(entrant("trt", launch, device="cuda", l2="cold"), erase=erase)
+    result = bench.measure([entered], clock=clock, sleep=clock.sleep, watch=clocks.Blind())
+    (row,) = result.rows
+    assert log == ["erase", "enqueue", "wait"] * (len(log) // 3), "one launch a sample, and no queue of them"
+    assert ({*row.samples_ms}, {*row.gpu_ms}, {*row.enqueue_ms}) == ({2.6}, {2.0}, {0.1})
+    assert row.throughput is None
+    assert result.failures == {}
+    assert json.loads(records.to_json(result))["rows"][0]["contract"]["l2"] == "cold"
+
+
+def test_only_the_cache_of_a_gpu_is_emptied_and_the_contract_says_so() -> None:
+    erase = object()
+    assert enter("cuda").contract.l2 == enter("cpu").contract.l2 == "hot"
+    cold = enter("cuda", erase=erase)
+    assert (cold.contract.l2, cold.erase) == ("cold", erase)
+    with pytest.raises(ReplkError, match=r"fake runs on the CPU.*--cold-l2"):
+        enter("cpu", erase=erase)
+
+
 class FakeBackend(Backend):
     name, takes, precisions = "fake", "weights", frozenset({"fp32"})
     outputs, facts, closed = ("logits",), {"driver": "1"}, 0

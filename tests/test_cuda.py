@@ -126,6 +126,23 @@ def test_a_graph_is_captured_after_uncaptured_runs_and_only_replayed_then(gpu: F
     assert launch.answer == cuda.WARM_UPS + 1, "the outputs are those of the capture, which each replay fills"
 
 
+def test_a_buffer_of_twice_the_cache_is_written_over_and_waited_for(
+    gpu: FalseGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    erase, made, zeros = cuda.Eraser(), [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: made.append(zeros(*args, **kwargs)) or made[-1])
+    assert gpu.log == []
+    for count in (1, 2):
+        erase()
+        (buffer,) = made
+        assert buffer.nbytes == 2 * false_gpu.L2_BYTES
+        assert set(buffer.tolist()) == {count}
+    assert gpu.log == ["default idle"] * 2
+    gpu.failure = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(UnavailableError, match="empty the L2 cache"):
+        erase()
+
+
 @pytest.mark.usefixtures("gpu")
 def test_a_launch_that_never_ran_has_no_answer() -> None:
     launch = CudaLaunch(lambda: 1, graph=True)

@@ -40,7 +40,7 @@ def options_of(command: str) -> set[str]:
 
 
 def options_in(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*|-[a-z](?![\w-]))", text))
+    return set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]*|-[a-z](?![\w-]))", text))
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -14,7 +14,7 @@ import torch
 from replk_deploy import export as exporting
 from replk_deploy import files, graph, pipeline, proof, weights
 from replk_deploy import fuse as fusing
-from replk_deploy.backends import find
+from replk_deploy.backends import cuda, find
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.backends.torch import Torch
 from replk_deploy.batch import Batch
@@ -596,6 +596,14 @@ def test_a_backend_that_fails_on_the_way_leaves_the_others_in_the_race(
     monkeypatch.setattr(Torch, "_run", broken)
     with pytest.raises(UnavailableError, match="the device is gone"):
         pipeline.bench(run, backends=("torch",), max_seconds=0.01)
+
+
+def test_the_caches_of_a_processor_are_not_emptied(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, words in ((False, "there is none here"), (True, "ort-cpu runs on the CPU")):
+        monkeypatch.setattr(cuda, "available", lambda there=there: there)
+        with pytest.raises(ReplkError, match=f"--cold-l2 empties the cache of a GPU, and {words}") as caught:
+            pipeline.bench(run, backends=("ort-cpu",), cold_l2=True, max_seconds=0.01)
+        assert caught.value.code == Exit.USAGE
 
 
 def test_the_file_that_takes_the_batch_comes_before_a_newer_one_that_does_not(run: Path) -> None:

@@ -128,8 +128,8 @@ def quantile(value: float, low: float | None = None, high: float | None = None) 
     return SimpleNamespace(value=value, interval=None if low is None else (low, high))
 
 
-@pytest.mark.parametrize("columns", [60, 80])
-def test_the_latency_table_keeps_every_number(monkeypatch, capsys, columns: int) -> None:
+@pytest.mark.parametrize(("columns", "cache"), [(60, "hot"), (80, "hot"), (80, "cold")])
+def test_the_latency_table_keeps_every_number(monkeypatch, capsys, columns: int, cache: str) -> None:
     monkeypatch.setattr(render.out, "_width", columns)
     row = {
         "model": "",
@@ -141,7 +141,7 @@ def test_the_latency_table_keeps_every_number(monkeypatch, capsys, columns: int)
         "ratio": None,
         "notes": (),
         "unstable": (),
-        "contract": SimpleNamespace(precision="fp32"),
+        "contract": SimpleNamespace(precision="fp32", l2=cache),
         "facts": {},
     }
     first = SimpleNamespace(
@@ -163,6 +163,7 @@ def test_the_latency_table_keeps_every_number(monkeypatch, capsys, columns: int)
     assert "torch-compile" in text or columns == 60
     assert "note ort-cpu b1: time ran out after 2 rounds [x]" in text
     assert "left ort-cpu b8: gone [y]" in text
+    assert ("latency, cold L2" in text) == ("L2 cache emptied" in text) == (cache == "cold")
     assert "…" not in text
 
 

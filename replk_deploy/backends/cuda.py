@@ -68,6 +68,11 @@ def capability() -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability())
 
 
+def l2_bytes() -> int:
+    """Return the size of the L2 cache of the GPU."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+
 def facts() -> dict[str, str]:
     """Return name and compute capability of the GPU and the versions of the libraries under PyTorch."""
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # missing in torch's stubs
@@ -122,6 +127,22 @@ def event() -> torch.cuda.Event:
 def between(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
     """Return the milliseconds between two moments, once the GPU has passed both."""
     return float(start.elapsed_time(end))
+
+
+@final
+class Eraser:
+    """Empties the L2 cache when called: reads and writes a buffer twice its size, and waits until that is done."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None  # until the first call, so that no peak of memory holds it
+
+    def __call__(self) -> None:
+        """Return once nothing of what was read before is left."""
+        with translated("empty the L2 cache"):
+            if self._buffer is None:
+                self._buffer = torch.zeros(2 * l2_bytes(), dtype=torch.uint8, device=DEVICE)
+            self._buffer.add_(1)
+            torch.cuda.current_stream().synchronize()
 
 
 def head_start() -> None:

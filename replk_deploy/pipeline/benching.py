@@ -16,6 +16,7 @@ from replk_deploy import backends as runtimes
 from replk_deploy import bench as benching
 from replk_deploy import files, records, sources
 from replk_deploy import proof as proving
+from replk_deploy.backends import cuda
 from replk_deploy.backends.base import Array, Backend, Engine, Launch, Settings
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.bench import Bench
@@ -98,6 +99,7 @@ def bench(
     max_seconds: float = 60.0,
     percentiles: tuple[int, ...] = (50, 90),
     idle_ms: float = 0.0,
+    cold_l2: bool = False,
     allow_unverified: bool = False,
     precision: Precision | None = None,
     root: Path = ROOT,
@@ -118,8 +120,11 @@ def bench(
     kinds = {name: runtimes.find(name) for name in backends}
     settings = settings or Settings()
     _demand_honoured(settings, cuda_graph, kinds)
+    if cold_l2 and not cuda.available():
+        raise ReplkError("--cold-l2 empties the cache of a GPU, and there is none here", "leave it out")
     for kind in kinds.values():
         kind.probe()
+    erase = cuda.Eraser() if cold_l2 else None
     run, single = sources.run_or_file(artefact, root)
     if single:
         for kind in kinds.values():
@@ -135,7 +140,7 @@ def bench(
             for lowered in _lowered(
                 found, runner, run if runner in own else None, forms, settings.device, folder, root, progress
             ):
-                _enter_all(found, opened, lowered, settings, cuda_graph, idle_ms, progress)
+                _enter_all(found, opened, lowered, settings, cuda_graph, idle_ms, erase, progress)
         if not found.contestants:
             raise found.last or ReplkError("there is nothing to time", "name a backend")
         models = {contestant.model for contestant in found.contestants}
@@ -172,6 +177,7 @@ def _enter_all(
     settings: Settings,
     cuda_graph: Graphs,
     idle_ms: float,
+    erase: cuda.Eraser | None,
     progress: Progress,
 ) -> None:
     """Open, judge and enter one network on one backend in all its rows; what cannot run is noted, the rest goes on.
@@ -188,6 +194,8 @@ def _enter_all(
         settings = dataclasses.replace(settings, forms=tuple(runner.plan.forms.items()))
     try:
         for backend, graph, load_s in _open(opened, runner, settings, cuda_graph):
+            if erase and backend.device != "cuda":
+                raise ReplkError(f"--cold-l2 empties the cache of a GPU, and {key} runs on the CPU", "leave one out")
             facts = {"artefact": runner.path.name, "sha256": sha256, "verdict": runner.verdict}
             before = runner.metadata.lowered if runner.metadata else ""
             facts["lowering"] = (runner.plan.words if runner.plan else before) or backend.facts.get("lowering", NONE)
@@ -203,7 +211,13 @@ def _enter_all(
                 ]
                 try:
                     entered = benching.enter(
-                        backend, images, model=runner.label, cuda_graph=graph, idle_ms=idle_ms, load_s=load_s
+                        backend,
+                        images,
+                        model=runner.label,
+                        cuda_graph=graph,
+                        idle_ms=idle_ms,
+                        erase=erase,
+                        load_s=load_s,
                     )
                     for turn in (0, -1):
                         _demand_same(backend, entered.launches[turn], images[turn])
