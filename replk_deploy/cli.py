@@ -410,8 +410,8 @@ def compare(
     from replk_deploy import pipeline
 
     found = pipeline.compare(base, new, max_regress=options.share_of(max_regress))
-    blind = [row.name for row in found.rows if row.interval is None]
-    unsure = (require_stable and found.ambiguous) or (max_regress is not None and (found.only_in_base or blind))
+    missing = max_regress is not None and found.only_in_base
+    unsure = (require_stable and found.ambiguous) or missing or found.undecided
     state = "regression" if found.regressed else "inconclusive" if unsure else "pass"
     last = f"compare {', '.join(f'{row.name} {row.word} {row.ratio:.3f}' for row in found.rows)}"
     render.show(found, lambda: render.comparison(found), last, state, as_json=as_json)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from replk_deploy import records
 from replk_deploy.bench import Bench
 from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.lowerings import NONE
 from replk_deploy.measurement import row_name
 
 Word = Literal["SAME", "FASTER", "SLOWER", "AMBIGUOUS"]
@@ -46,6 +47,7 @@ class Side:
         p50_ms: median host time of each process.
         interval_ms: from the smallest to the largest; of one process, the interval of its own median, if it has one.
         unstable: processes whose row was in doubt.
+        reasons: what spoke against them, in words.
     """
 
     DERIVED: ClassVar[tuple[str, ...]] = ("coverage",)
@@ -53,6 +55,7 @@ class Side:
     p50_ms: tuple[float, ...]
     interval_ms: tuple[float, float] | None
     unstable: int
+    reasons: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -64,7 +67,7 @@ class Side:
 class Compared:
     """One row on both sides; the ratio is new over base, below 1 is faster."""
 
-    DERIVED: ClassVar[tuple[str, ...]] = ("name", "ratio", "interval", "coverage", "word")
+    DERIVED: ClassVar[tuple[str, ...]] = ("name", "ratio", "interval", "coverage", "word", "why")
 
     model: str
     backend: str
@@ -98,8 +101,8 @@ class Compared:
 
     @property
     def word(self) -> Word:
-        """Say what the interval allows to say."""
-        if self.interval is None:
+        """Say what the interval allows to say; nothing where a side is in doubt."""
+        if self.interval is None or self.unstable:
             return "AMBIGUOUS"
         low, high = self.interval
         if 1 - self.delta <= low and high <= 1 + self.delta:
@@ -109,6 +112,25 @@ class Compared:
         if high < 1 - margin:
             return "FASTER"
         return "SLOWER" if low > 1 + margin else "AMBIGUOUS"
+
+    @property
+    def unstable(self) -> bool:
+        """Tell whether a process of a side was in doubt of its row."""
+        return bool(self.base.unstable or self.new.unstable)
+
+    @property
+    def why(self) -> str:
+        """Say why the row is ambiguous; empty when it is not."""
+        if self.word != "AMBIGUOUS":
+            return ""
+        said = [
+            f"{name} is unstable in {side.unstable} of {len(side.p50_ms)} processes: {'; '.join(side.reasons)}"
+            for name, side in (("base", self.base), ("new", self.new))
+            if side.unstable
+        ]
+        if self.interval is None:
+            said.append("a side has no interval: too few rounds, raise --max-seconds")
+        return ". ".join(said) or "its interval allows more than one word: run more processes, or quiet the machine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +149,7 @@ class Comparison:
 
     KIND: ClassVar[str] = "comparison"
     FORMAT: ClassVar[int] = 1  # 1: as first released
-    DERIVED: ClassVar[tuple[str, ...]] = ("ambiguous", "regressions", "regressed")
+    DERIVED: ClassVar[tuple[str, ...]] = ("ambiguous", "regressions", "regressed", "undecided")
 
     base: tuple[str, ...]
     new: tuple[str, ...]
@@ -150,6 +172,14 @@ class Comparison:
             return ()
         limit = 1 + self.max_regress
         return tuple(r.name for r in self.rows if r.interval and r.interval[0] > limit and r.word != "AMBIGUOUS")
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Name the rows that would have regressed if they were stable, and those without an interval."""
+        if self.max_regress is None:
+            return ()
+        limit = 1 + self.max_regress
+        return tuple(r.name for r in self.rows if r.interval is None or (r.unstable and r.interval[0] > limit))
 
     @property
     def regressed(self) -> bool:
@@ -205,7 +235,8 @@ class _Row(NamedTuple):
     contract: Mapping[str, Any]
     p50_ms: float
     interval_ms: tuple[float, float] | None
-    unstable: bool
+    unstable: tuple[str, ...]
+    lowering: str
 
 
 class _Record(NamedTuple):
@@ -238,13 +269,16 @@ def _record(name: str, raw: Mapping[str, Any]) -> _Record:
     rows = {}
     for row in raw["rows"]:
         key = (str(row.get("model", "")), str(row["backend"]), int(row["batch"]), row["contract"]["cuda_graph"])
+        if key in rows:
+            raise ValueError(f"two rows {row_name(*key)}")
         interval = row["p50_ms"]["interval"]
         rows[key] = _Row(
             device=row.get("device", "cpu"),  # format 1 knew nothing else
             contract=dict(row["contract"]),
             p50_ms=_time(row["p50_ms"]["value"]),
             interval_ms=(_time(interval[0]), _time(interval[1])) if interval else None,
-            unstable=bool(row["unstable"]),
+            unstable=tuple(map(str, row["unstable"])),
+            lowering=str(row.get("facts", {}).get("lowering", NONE)),
         )
     return _Record(name=name, environment=dict(raw["environment"]), rows=rows)
 
@@ -274,7 +308,12 @@ def _shown(key: Key, side: Sequence[_Record]) -> Side:
     rows = [record.rows[key] for record in side if key in record.rows]
     medians = tuple(row.p50_ms for row in rows)
     interval = rows[0].interval_ms if len(rows) == 1 else (min(medians), max(medians))
-    return Side(p50_ms=medians, interval_ms=interval, unstable=sum(row.unstable for row in rows))
+    return Side(
+        p50_ms=medians,
+        interval_ms=interval,
+        unstable=sum(bool(row.unstable) for row in rows),
+        reasons=tuple(dict.fromkeys(reason for row in rows for reason in row.unstable)),
+    )
 
 
 def _demand_alike(all_records: Sequence[_Record], common: Sequence[Key]) -> None:
@@ -321,8 +360,9 @@ def _doubts(olds: Sequence[_Record], news: Sequence[_Record], common: Sequence[K
     if len({record.environment.get("gpu_id") for record in (*olds, *news)}) > 1:
         yield "the GPUs are of one kind, but not one card"
     for key in common:
-        if any(_shown(key, side).interval_ms is None for side in (olds, news)):
-            yield f"{row_name(*key)} has no interval on one side: too few rounds; raise --max-seconds"
+        old, new = (sorted({r.rows[key].lowering for r in side if key in r.rows}) for side in (olds, news))
+        if old != new:
+            yield f"{row_name(*key)} has large convolutions as {', '.join(old)} in base, as {', '.join(new)} in new"
     for side in (olds, news):
         for key in common:
             count = sum(key in record.rows for record in side)

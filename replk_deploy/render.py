@@ -212,6 +212,9 @@ def comparison(found: Any) -> None:
     for side, names in (("base", found.only_in_base), ("new", found.only_in_new)):
         if names:
             out.print(f"only in {side}: {escape(', '.join(names))}", soft_wrap=True)
+    for row in found.rows:
+        if row.why:
+            out.print(f"[yellow]ambiguous[/] {escape(row.name)}: {escape(row.why)}", soft_wrap=True)
     for doubt in found.doubts:
         out.print(f"[yellow]note[/] {escape(doubt)}", soft_wrap=True)
     for name in found.regressions:

@@ -1,6 +1,7 @@
 """Two sides of bench records: what may be said, what must be refused, and how often the interval is right."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from replk_deploy import records
 from replk_deploy.bench import Bench
+from replk_deploy.cli import app
 from replk_deploy.compare import Compared, Comparison, Side, compare
-from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.errors import Exit, IntegrityError, ReplkError
 from replk_deploy.measurement import Contract, Measurement, WarmUp
 
 GOLDEN = Path(__file__).parent / "golden" / "bench-1.json"
@@ -177,7 +180,42 @@ def test_too_few_rounds_for_an_interval_allow_no_word_and_fail_nothing() -> None
     short = {"samples_ms": (20.0,), "blocks": (0,), "windows": (0,)}
     found = compare(record(row(10.0)), record(row(20.0, **short)), max_regress=0.03)
     assert (only(found).interval, only(found).word, found.ambiguous) == (None, "AMBIGUOUS", ("torch b1",))
+    assert "too few rounds" in only(found).why
+    assert found.undecided == ("torch b1",)
     assert not found.regressed
+
+
+SHAKY = {"warmup": WarmUp(curve_ms=(10.0, 12.0, 14.0), seconds=10.0, converged=False)}
+
+
+@pytest.mark.parametrize("processes", [1, 7])
+@pytest.mark.parametrize("shaky", ["base", "new", "both"])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.97, 1.0, 1.03, 2.0, 4.0])
+def test_an_unstable_side_allows_no_word_and_says_why(ratio: float, shaky: str, processes: int) -> None:
+    levels = np.linspace(9.99, 10.01, processes)
+    base, new = side(levels), side(ratio * levels)
+    stable = only(compare(base, new, max_regress=0.02))
+    assert (stable.word, stable.why) != ("AMBIGUOUS", "")
+    assert stable.word == {0.25: "FASTER", 1.0: "SAME", 4.0: "SLOWER"}.get(ratio, stable.word)
+    for name, records_ in (("base", base), ("new", new)):
+        if shaky in {name, "both"}:
+            (one,) = records_[-1].rows
+            records_[-1] = dataclasses.replace(records_[-1], rows=(dataclasses.replace(one, **SHAKY),))
+    found = compare(base, new, max_regress=0.02)
+    assert (only(found).word, found.ambiguous, found.regressions) == ("AMBIGUOUS", ("torch b1",), ())
+    assert only(found).interval == stable.interval
+    named = {name for name in ("base", "new") if f"{name} is unstable in 1 of {processes}" in only(found).why}
+    assert named == ({"base", "new"} if shaky == "both" else {shaky})
+    assert "warm-up did not settle in 10.0 s" in only(found).why
+    assert found.undecided == (("torch b1",) if stable.interval[0] > 1.02 else ()), "a slower row does not pass unseen"
+    assert json.loads(records.to_json(found))["rows"][0]["why"] == only(found).why
+
+
+def test_every_ambiguous_row_says_why_and_no_other() -> None:
+    for low, high in ((0.9, 1.1), (0.98, 1.001), (0.995, 1.005), (0.5, 0.6), (1.5, 1.6), (np.nan, np.nan)):
+        one = compared([10.0], [10.0])
+        one = dataclasses.replace(one, new=Side(p50_ms=(10.0,), interval_ms=(10 * low, 10 * high), unstable=0))
+        assert bool(one.why) == (one.word == "AMBIGUOUS")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +252,32 @@ def test_rows_meet_by_model_backend_batch_and_graph() -> None:
     assert {one.name: round(one.ratio, 6) for one in found.rows} == {"torch b1": 3.0, "rival torch b1": 1.2}
     assert found.only_in_base == ("torch b8", "trt b1")
     assert found.only_in_new == ("trt b1 graph", "ort b1")
+
+
+def test_no_row_is_lost_whatever_the_two_sides_hold() -> None:
+    rng = np.random.default_rng(11)
+    pool = [
+        row(10.0, model=model, backend=backend, batch=batch, cuda_graph=graph)
+        for model, backend, batch, graph in itertools.product(("", "lowered"), ("torch", "trt"), (1, 8), (False, True))
+    ]
+    for _ in range(50):
+        sides = [
+            [record(*(pool[i] for i in sorted(rng.choice(16, rng.integers(1, 16), replace=False)))) for _ in range(2)]
+            for _ in range(2)
+        ]
+        names = [{one.name for found in records_ for one in found.rows} for records_ in sides]
+        if not names[0] & names[1]:
+            continue
+        found = compare(*sides)
+        assert {one.name for one in found.rows} == names[0] & names[1]
+        assert (set(found.only_in_base), set(found.only_in_new)) == (names[0] - names[1], names[1] - names[0])
+
+
+def test_other_forms_of_large_convolutions_are_said() -> None:
+    lowered = record(row(5.0, facts={"lowering": "3 dense"}), row(7.0, backend="ort"))
+    (doubt,) = [d for d in compare(record(row(10.0), row(7.0, backend="ort")), lowered).doubts if "convolutions" in d]
+    assert doubt == "torch b1 has large convolutions as none in base, as 3 dense in new"
+    assert not any("convolutions" in doubt for doubt in compare(lowered, lowered).doubts)
 
 
 def test_nothing_in_common_is_no_success() -> None:
@@ -341,6 +405,7 @@ def test_records_of_the_first_format_are_read_for_ever(tmp_path: Path) -> None:
         ({"rows": None}, "not a whole bench record"),
         ({"rows": [{"backend": "torch"}]}, "not a whole bench record"),
         ({"environment": "none"}, "not a whole bench record"),
+        ({"rows": json.loads(GOLDEN.read_text(encoding="utf-8"))["rows"] * 2}, "two rows torch b1"),
     ],
 )
 def test_what_is_no_bench_record_of_ours_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -365,3 +430,24 @@ def test_the_comparison_is_a_record() -> None:
     assert (found["schema"], found["regressed"], found["regressions"]) == ("replk.comparison/1", True, ["torch b1"])
     assert (found["rows"][0]["word"], found["rows"][0]["coverage"]) == ("SLOWER", 0.5)
     assert any("3 processes a side" in doubt for doubt in found["doubts"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "code"),
+    [
+        ({}, ["--max-regress", "3%"], Exit.REGRESSION),
+        (SHAKY, ["--max-regress", "3%"], Exit.INCONCLUSIVE),
+        (SHAKY, ["--max-regress", "300%"], Exit.OK),
+        (SHAKY, ["--require-stable"], Exit.INCONCLUSIVE),
+        (SHAKY, [], Exit.OK),
+    ],
+)
+def test_a_slower_row_that_is_unstable_is_no_regression_and_no_pass(
+    tmp_path: Path, changes: dict[str, Any], options: list[str], code: Exit
+) -> None:
+    paths = [tmp_path / "base.json", tmp_path / "new.json"]
+    for path, made in zip(paths, (record(row(10.0)), record(row(20.0, **changes))), strict=True):
+        path.write_text(records.to_json(made), encoding="utf-8")
+    done = CliRunner().invoke(app, ["compare", *map(str, paths), *options], catch_exceptions=False)
+    assert done.exit_code == code
+    assert ("new is unstable in 1 of 1" in done.output) == bool(changes)
