@@ -55,6 +55,25 @@ def header(path: Path) -> Metadata | None:
         raise CheckpointError(f"{path} is not a whole safetensors file: {exc}", AGAIN) from exc
 
 
+def described(path: Path) -> tuple[Network, Metadata]:
+    """Build what the header of a weights file of ours names, without memory for its weights, of which none is read.
+
+    Raises:
+        CheckpointError: not ours, or a damaged header.
+    """
+    metadata = header(path)
+    if metadata is None or metadata.family not in FAMILIES:
+        raise CheckpointError(f"{path} was not written by replk", f"see what it holds: replk inspect {path}")
+    if metadata.precision not in TOLERANCES or metadata.form not in get_args(Form):
+        raise CheckpointError(f"{path} has a damaged header: {metadata.form}, {metadata.precision}", AGAIN)
+    family = FAMILIES[metadata.family]
+    try:
+        model = family.empty(family.parse(metadata.geometry), metadata.form)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as exc:
+        raise CheckpointError(f"{path} has a damaged header: geometry {metadata.geometry}", AGAIN) from exc
+    return model.to(TOLERANCES[metadata.precision].torch_dtype), metadata
+
+
 def read(path: Path) -> tuple[Network, Metadata]:
     """Open a weights file of ours as a network in eval mode, in the precision of the file.
 
@@ -62,18 +81,9 @@ def read(path: Path) -> tuple[Network, Metadata]:
         CheckpointError: not ours, damaged, or its tensors do not fill the network it names.
         IntegrityError: weights or header are not those that its verdict speaks of.
     """
-    metadata = header(path)
-    if metadata is None or metadata.family not in FAMILIES:
-        raise CheckpointError(f"{path} was not written by replk", f"see what it holds: replk inspect {path}")
-    family = FAMILIES[metadata.family]
+    model, metadata = described(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    if metadata.precision not in TOLERANCES or metadata.form not in get_args(Form):
-        raise CheckpointError(f"{path} has a damaged header: {metadata.form}, {metadata.precision}", AGAIN)
-    try:
-        model = family.empty(family.parse(metadata.geometry), metadata.form)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as exc:
-        raise CheckpointError(f"{path} has a damaged header: geometry {metadata.geometry}", AGAIN) from exc
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if wanted != {name: tuple(t.shape) for name, t in tensors.items()}:
         raise CheckpointError(

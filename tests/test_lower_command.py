@@ -402,8 +402,15 @@ def test_a_fused_file_outside_of_a_run_is_lowered_itself(run: Path) -> None:
 # --- bench --------------------------------------------------------------------------------------------------------
 
 
-def test_bench_times_a_network_as_it_is_and_lowered_side_by_side(run: Path) -> None:
+def counted(monkeypatch: pytest.MonkeyPatch, home: Any, name: str) -> list[tuple[Any, ...]]:
+    calls, honest = [], getattr(home, name)
+    monkeypatch.setattr(home, name, lambda *args, **options: calls.append(args) or honest(*args, **options))
+    return calls
+
+
+def test_bench_times_a_network_as_it_is_and_lowered_side_by_side(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     know(run, batches=(1, 3))
+    looked = [counted(monkeypatch, lowered_by, name) for name in ("find", "weight_bytes")]
     timed = pipeline.bench(
         run, backends=("ort-cpu",), batches=(1, 3), forms=("none", "auto"), max_seconds=0.01, root=run.parent
     )
@@ -419,6 +426,7 @@ def test_bench_times_a_network_as_it_is_and_lowered_side_by_side(run: Path) -> N
     assert {n: a.passed for n, a in timed.agreements.items()} == {"ort-cpu": True, "lowered ort-cpu": True}
     assert {a.against for a in timed.agreements.values()} == {"float64"}
     assert Workspace.open(run).entry(AUTO).verdict.state == "pass"
+    assert looked == [[(run / "model.fp32.onnx",)]] * 2, "once a file, whatever the batches"
 
 
 def test_bench_lowers_on_its_own_where_that_is_known_to_gain(run: Path) -> None:
@@ -465,7 +473,9 @@ def test_pytorch_is_timed_as_the_calibration_says_and_judged_by_float64(
     def bench(form: str) -> Any:
         return pipeline.bench(run, backends=("torch",), forms=("none", form), max_seconds=0.01, root=run.parent)
 
+    looked, opened = (counted(monkeypatch, home, name) for home, name in ((lowered_by, "find_network"), (weights, "read")))
     timed = bench("auto")
+    assert (len(looked), len(opened)) == (1, 3), "by the float64 network and the two rows; not to find what to lower"
     assert [(r.model, r.facts["lowering"]) for r in timed.bench.rows] == [("", "none"), ("lowered", SECOND_DENSE)]
     assert timed.bench.rows[1].ratio.baseline == "torch b1"
     assert timed.agreements["lowered torch"].passed

@@ -49,6 +49,23 @@ def file(folded, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_header_alone_tells_the_network(trained, tmp_path: Path, precision: str) -> None:
+    model = cast(fuse(trained).model, precision)
+    path = tmp_path / "w.safetensors"
+    weights.write(path, model, said(model, precision=precision))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-64] + bytes(64))
+    empty, metadata = weights.described(path)
+    assert metadata == weights.header(path)
+    assert {t.device.type for t in empty.state_dict().values()} == {"meta"}
+    assert [(n, t.shape, t.dtype) for n, t in empty.state_dict().items()] == [
+        (n, t.shape, t.dtype) for n, t in model.state_dict().items()
+    ]
+    with pytest.raises(IntegrityError):
+        weights.read(path)
+
+
 def rewrite(path: Path, tensors: dict | None = None, **header: str | None) -> Path:
     """Change tensors or header fields of a file and leave the rest as it is."""
     with safe_open(path, framework="pt") as file:

@@ -26,7 +26,7 @@ from replk_deploy.lowerings import NONE
 from replk_deploy.measurement import row_name
 from replk_deploy.metadata import Metadata
 from replk_deploy.pipeline import building, lowering, racing
-from replk_deploy.pipeline.lowering import AUTO, Form, Plan
+from replk_deploy.pipeline.lowering import AUTO, Form, Plan, Survey
 from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle
@@ -85,6 +85,13 @@ class _Found:
     artefacts: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     last: ReplkError | None = None
+    surveys: dict[tuple[Path, Form], Survey] = field(default_factory=dict)
+
+    def survey(self, file: Path, form: Form) -> Survey:
+        """Return what a portable file holds, read once for all batches and runtimes."""
+        if (file, form) not in self.surveys:
+            self.surveys[file, form] = lowering.survey(file, form)
+        return self.surveys[file, form]
 
 
 def bench(
@@ -322,10 +329,9 @@ def _lowered(
         for count in runner.batches:
             try:
                 path, plan = lowering.needed(
-                    runner.path,
+                    found.survey(runner.path, form),
                     runner.kind,
                     run,
-                    form=form,
                     batch=count,
                     folder=folder,
                     device=device,

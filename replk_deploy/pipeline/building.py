@@ -209,7 +209,14 @@ def _lowered(
     stated = Batch.parse(said.batch) if said and said.batch else DYNAMIC
     batch = (recipe.batches or (stated,))[0].opt
     path, plan = lowering.needed(
-        source, kind, run, form=form, batch=batch, folder=folder, oracle=oracle, root=root, progress=progress
+        lowering.survey(source, form),
+        kind,
+        run,
+        batch=batch,
+        folder=folder,
+        oracle=oracle,
+        root=root,
+        progress=progress,
     )
     if plan and kind.takes == "weights":
         recipe = dataclasses.replace(recipe, forms=tuple(plan.forms.items()))

@@ -254,12 +254,38 @@ def lower_file(
     return done
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What a portable file holds that a plan depends on, whatever the runtime and the batch; found once a file.
+
+    Attributes:
+        sites: that can take a form; none where nothing is asked to.
+        weight_bytes: of the whole file.
+    """
+
+    file: Path
+    form: Form
+    sites: tuple[LargeConv, ...]
+    precision: Precision
+    weight_bytes: int
+
+
+def survey(file: Path, form: Form) -> Survey:
+    """Look through a portable file for what can take a form.
+
+    Raises:
+        ReplkError: not a whole file, or a form by name for a map of unknown size.
+    """
+    sites = () if form == NONE else _sites(file, form)
+    precision: Precision = _precision(file) if sites else "fp32"
+    return Survey(file=file, form=form, sites=sites, precision=precision, weight_bytes=_bytes(file) if sites else 0)
+
+
 def needed(
-    source: Path,
+    seen: Survey,
     kind: type[Backend],
     run: Workspace | None,
     *,
-    form: Form,
     batch: int,
     folder: Path,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -272,10 +298,9 @@ def needed(
     A backend that starts from weights keeps its file, and takes the plan with its settings.
 
     Args:
-        source: the portable file.
+        seen: what was found in the portable file, for the form that was asked for.
         kind: the runtime.
         run: keeps what is made; without one it goes into `folder`.
-        form: what was asked for.
         batch: images at a time.
         folder: for what is not kept.
         device: where it will run, as in Settings.
@@ -286,18 +311,18 @@ def needed(
     Raises:
         MismatchError: the lowered file was rejected.
     """
-    sites = () if form == NONE else _sites(source, form)
-    if not sites:
+    source = seen.file
+    if not seen.sites:
         return source, None
     root = run.folder.parent if run else root
     made = plan(
-        sites,
+        seen.sites,
         kind,
         device="cpu" if device == "cpu" else _device(kind),
-        precision=_precision(source),
+        precision=seen.precision,
         batch=batch,
-        form=form,
-        weight_bytes=_bytes(source),
+        form=seen.form,
+        weight_bytes=seen.weight_bytes,
         max_growth=GROWTH,
         root=root,
     )
@@ -439,7 +464,7 @@ def _demand_sound(source: Path, *, prove: bool) -> None:
 def _sites(source: Path, form: Form) -> tuple[LargeConv, ...]:
     """Find what can be lowered; on maps of unknown size nothing, unless a form is asked for by name."""
     if source.suffix == ".safetensors":
-        model, metadata = weights.read(source)
+        model, metadata = weights.described(source)
         return lowering.find_network(model, metadata.preprocessing.size)
     return lowering.find(source, lenient=form == AUTO)
 
