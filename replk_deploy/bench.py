@@ -153,7 +153,7 @@ def measure(
     environment = machine.environment()
     with contextlib.ExitStack() as held:
         if watch is None and any(c.device == "cuda" for c in contestants):
-            watch = held.enter_context(clocks.watching(machine.visible_gpus(), clock=clock))
+            watch = held.enter_context(clocks.watching(machine.gpu_in_use(), clock=clock))
         watch, blind = watch or clocks.Blind(), clocks.Blind()
         begun = clock()
         lanes = [Lane(c, clock, sleep, watch if c.device == "cuda" else blind) for c in contestants]

@@ -104,7 +104,7 @@ def watching(visible: str | None = None, *, clock: Callable[[], int] = time.perf
     """Read a GPU 20 times a second until the end of the block; blind, with the reason, where that is impossible.
 
     Args:
-        visible: CUDA_VISIBLE_DEVICES; its first entry is the GPU that is read.
+        visible: as CUDA_VISIBLE_DEVICES; its first entry, a UUID or a number of NVML's, is the GPU that is read.
         clock: of the measurement, in nanoseconds.
     """
     try:

@@ -49,12 +49,18 @@ def environment() -> dict[str, Fact]:
         torch = sys.modules["torch"]
         facts |= {"torch_threads": torch.get_num_threads(), "torch_cuda": torch.version.cuda}
         facts["cudnn"] = torch.backends.cudnn.version() if torch.version.cuda else None
-    return facts | clocks.facts(visible_gpus()) | dict(_variables())
+    return facts | clocks.facts(gpu_in_use()) | dict(_variables())
 
 
-def visible_gpus() -> str | None:
-    """Return CUDA_VISIBLE_DEVICES, as `clocks` takes it; None when every GPU is visible."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
+def gpu_in_use() -> str | None:
+    """Name a GPU as `clocks` takes it: the one that PyTorch uses, by its UUID; until it uses one, CUDA_VISIBLE_DEVICES.
+
+    CUDA and NVML may count GPUs in different orders, so a number says little. A slice of a GPU has one name only.
+    """
+    torch, visible = sys.modules.get("torch"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch and torch.cuda.is_initialized() and not (visible or "").startswith("MIG-"):
+        return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    return visible
 
 
 def versions(*distributions: str) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from replk_deploy import bench, clocks, machine
 from replk_deploy.clocks import Blind, Reading, Sampler
@@ -168,6 +169,24 @@ def test_the_facts_of_a_gpu_name_no_card(nvml: FakeNvml) -> None:
 def test_the_gpu_is_the_first_that_cuda_sees(nvml: FakeNvml, visible: str | None, card: str) -> None:
     assert clocks.facts(visible)["gpu"] == f"A {card}"
     assert nvml.open == 0
+
+
+@pytest.mark.parametrize("visible", [None, "0", "1", "3,1"])
+def test_the_gpu_that_pytorch_uses_is_read_whatever_its_number(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine.gpu_in_use() == visible
+    uuids = ["00000000-0000-0000-0000-000000000000", UUID.removeprefix("GPU-")]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index]))
+    assert machine.environment()["gpu"] == f"A card {UUID}"
+    assert "nvmlDeviceGetHandleByIndex" not in {name for name, _ in nvml.asked}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-22")
+    assert machine.gpu_in_use() == "MIG-22"
 
 
 @pytest.mark.parametrize("visible", ["", "-1", " "])

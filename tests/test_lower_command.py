@@ -473,7 +473,9 @@ def test_pytorch_is_timed_as_the_calibration_says_and_judged_by_float64(
     def bench(form: str) -> Any:
         return pipeline.bench(run, backends=("torch",), forms=("none", form), max_seconds=0.01, root=run.parent)
 
-    looked, opened = (counted(monkeypatch, home, name) for home, name in ((lowered_by, "find_network"), (weights, "read")))
+    looked, opened = (
+        counted(monkeypatch, home, name) for home, name in ((lowered_by, "find_network"), (weights, "read"))
+    )
     timed = bench("auto")
     assert (len(looked), len(opened)) == (1, 3), "by the float64 network and the two rows; not to find what to lower"
     assert [(r.model, r.facts["lowering"]) for r in timed.bench.rows] == [("", "none"), ("lowered", SECOND_DENSE)]
