@@ -24,6 +24,7 @@ class FalseGpu:
         self.now = 0
         self.streams = 0
         self.failure: Exception | None = None
+        self.current = _Stream(self, "default")
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(cuda, "DEVICE", "cpu")
@@ -36,7 +37,7 @@ class FalseGpu:
             "get_device_capability": lambda: CAPABILITY,
             "Stream": self.stream,
             "Event": self.event,
-            "current_stream": lambda: _Stream(self, "default"),
+            "current_stream": lambda: self.current,
             "stream": self.on,
             "synchronize": lambda: self.log.append("device idle"),
             "CUDAGraph": lambda: _Graph(self),
@@ -58,13 +59,19 @@ class FalseGpu:
     @contextmanager
     def on(self, stream: "_Stream") -> Iterator[None]:
         self.log.append(f"on {stream.name}")
-        yield
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
         self.log.append("off")
 
     @contextmanager
     def capture(self, _graph: "_Graph", *, stream: "_Stream") -> Iterator[None]:
         self.log.append(f"capture on {stream.name}")
+        before, self.current = self.current, stream
         yield
+        self.current = before  # not after a failure: torch.cuda.graph leaves its stream behind then
         self.log.append("captured")
 
 

@@ -115,7 +115,7 @@ def test_a_graph_is_captured_after_uncaptured_runs_and_only_replayed_then(gpu: F
     run, calls = counting()
     stream = cuda.stream()
     launch = CudaLaunch(run, graph=True, on=stream)
-    assert gpu.log == ["on stream 1", "off", "stream 1 idle", "capture on stream 1", "captured"]
+    assert gpu.log == ["on stream 1", "off", "stream 1 idle", "on stream 1", "capture on stream 1", "captured", "off"]
     assert len(calls) == cuda.WARM_UPS + 1
     gpu.log.clear()
     for _ in range(2):
@@ -149,6 +149,23 @@ def test_a_launch_that_never_ran_has_no_answer() -> None:
     for ask in (lambda: launch.answer, launch.device_ms):
         with pytest.raises(ContractError, match="before it ran"):
             ask()
+
+
+@pytest.mark.parametrize("calls", range(1, cuda.WARM_UPS + 2))
+def test_a_capture_that_fails_leaves_the_current_stream_as_it_was(gpu: FalseGpu, calls: int) -> None:
+    before, streams = gpu.current, []
+
+    def run() -> None:
+        streams.append(gpu.current)
+        if len(streams) == calls:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    with pytest.raises(UnavailableError, match="capture a CUDA graph"):
+        CudaLaunch(run, graph=True)
+    assert gpu.current is before
+    assert {stream.name for stream in streams} == {"stream 1"}
+    CudaLaunch(lambda: 1, graph=True)
+    assert gpu.current is before
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,7 @@ class CudaLaunch:
                     self._run()
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
+            # the outer one puts the current stream back, which a capture that fails leaves where it was
+            with torch.cuda.stream(self._stream), torch.cuda.graph(graph, stream=self._stream):
                 self._answer = self._run()
             return graph
