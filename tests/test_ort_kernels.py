@@ -88,7 +88,7 @@ def test_each_kernel_counts_for_the_node_that_launched_it(seed: int) -> None:
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_clocks_that_disagree_are_refused_with_a_number(shift_us: int, seed: int) -> None:
-    with pytest.raises(UnavailableError, match=r"\d+\.\d% of the kernels' time belongs to no one node"):
+    with pytest.raises(UnavailableError, match=r"do not fit the nodes: \d+\.\d% of their time"):
         times(record(seed).shifted(1000 * shift_us))
 
 
@@ -104,7 +104,7 @@ def test_nodes_that_change_places_in_a_run_are_refused_and_in_all_runs_seen() ->
         )
 
     swap(0)
-    with pytest.raises(UnavailableError, match="no one node"):
+    with pytest.raises(UnavailableError, match=r"0\.0% of their time was launched in no node, [1-9]\d*\.\d% by nodes"):
         times(found)
     for turn in range(1, RUNS):
         swap(turn)
@@ -117,7 +117,7 @@ def test_a_hundredth_may_be_launched_by_nobody(ms: float, launch: int, *, refuse
     found = record()
     found.kernels.append(Kernel("stranger", launch, launch + 5000, ms))
     if refused:
-        with pytest.raises(UnavailableError, match="no one node, 1% may"):
+        with pytest.raises(UnavailableError, match=r"launched in no node.*1% may"):
             times(found)
     else:
         assert times(found) == TRUTH

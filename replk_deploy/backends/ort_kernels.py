@@ -105,7 +105,7 @@ def attributed(nodes: Sequence[Sequence[Execution]], kernels: Sequence[Kernel]) 
     if not whole > 0:
         raise UnavailableError("PyTorch's profiler saw no kernel", "end other profilers, and profile once more")
     launched: dict[int, list[list[Kernel]]] = {n: [[] for _ in executions] for n, executions in enumerate(nodes)}
-    astray = 0.0
+    outside = unlike = 0.0
     for kernel in kernels:
         middle = (kernel.launch_ns + kernel.launched_ns) // 2
         place = bisect.bisect_right(places, middle, key=lambda p: p[0]) - 1
@@ -113,15 +113,17 @@ def attributed(nodes: Sequence[Sequence[Execution]], kernels: Sequence[Kernel]) 
         if start - SLACK_NS <= kernel.launch_ns and kernel.launched_ns <= end + SLACK_NS:
             launched[node][turn].append(kernel)
         else:
-            astray += kernel.ms
+            outside += kernel.ms
     for turns in launched.values():
         if len({tuple(sorted(kernel.name for kernel in turn)) for turn in turns}) != 1:
-            astray += sum(kernel.ms for kernel in itertools.chain(*turns))
+            unlike += sum(kernel.ms for kernel in itertools.chain(*turns))
     idle = [nodes[n][0].name for n, turns in launched.items() if nodes[n][0].kind.endswith(COMPUTES) and not all(turns)]
-    if astray > ASTRAY * whole or idle:
-        also = f", and {len(idle)} convolutions or products, as {idle[0]}, launched nothing" if idle else ""
+    if outside + unlike > ASTRAY * whole or idle:
+        also = f"; {len(idle)} convolutions or products, as {idle[0]}, launched nothing" if idle else ""
         raise UnavailableError(
-            f"{astray / whole:.1%} of the kernels' time belongs to no one node, {ASTRAY:.0%} may{also}", RECURS
+            f"the kernels do not fit the nodes: {outside / whole:.1%} of their time was launched in no node,"
+            f" {unlike / whole:.1%} by nodes that launched something else in another run, {ASTRAY:.0%} may{also}",
+            RECURS,
         )
     return tuple(
         LayerTime(
