@@ -138,7 +138,7 @@ def lowered_now(run: Path, form: str, **options: Any) -> tuple[Path, Any]:
     workspace = Workspace.open(run)
     source = workspace.take("model.fp32.onnx")
     given = {"form": form, "batch": 1, "folder": run / "none", "root": run.parent} | options
-    return lowering_.needed(source, OrtCpu, workspace, **given)
+    return lowering_.needed(lowering_.survey(source, given.pop("form")), OrtCpu, workspace, **given)
 
 
 # --- lower --------------------------------------------------------------------------------------------------------
