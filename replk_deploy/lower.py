@@ -126,7 +126,7 @@ def lower_graph(path: Path, out: Path, choose: Choose | None = None, *, channel_
         path: the graph; its weights are initializers or Constant nodes, of any floating type.
         out: where to write; the caller owns the name.
         choose: a name in LOWERINGS or "none" for each; None only crops, and leaves maps of unknown size alone.
-        channel_major: keep what lies between dense rewrites in their layout.
+        channel_major: keep what lies between dense or grouped rewrites in their layout.
 
     Raises:
         ReplkError: not a whole ONNX file, a map of unknown size, or a file that would pass 2 GiB.

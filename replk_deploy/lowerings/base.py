@@ -16,7 +16,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +147,43 @@ class Lowering(abc.ABC):
     @abc.abstractmethod
     def nodes(cls, site: LargeConv, write: "Writer", x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         """Write the same as standard ONNX operators, for any batch, and return the last value."""
+
+
+class Layout(NamedTuple):
+    """An order of activations with the channels outermost, flattened to [C, rest].
+
+    Attributes:
+        suffix: of the name of a value that lies so.
+        axes: of [N, C, H, W], in the order in which they lie.
+    """
+
+    suffix: str
+    axes: tuple[int, int, int, int]
+
+    @property
+    def back(self) -> list[int]:
+        """Return the axes of this order in that of [N, C, H, W]."""
+        return [self.axes.index(axis) for axis in range(4)]
+
+    def shape(self, volume: tuple[int, int, int]) -> list[int]:
+        """Return channels, height and width in this order, and -1 for the images."""
+        return [(-1, *volume)[axis] for axis in self.axes]
+
+
+BY_IMAGE = Layout(".cnhw", (1, 0, 2, 3))
+BY_ROW = Layout(".chnw", (1, 2, 0, 3))
+LAYOUTS = (BY_IMAGE, BY_ROW)
+
+
+class ChannelMajor(Lowering):
+    """A rewrite that needs no transposition where activations lie channel by channel."""
+
+    layout: ClassVar[Layout]
+
+    @classmethod
+    @abc.abstractmethod
+    def flat(cls, site: LargeConv, write: "Writer", x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """Write it on [C, rest] in its layout, for any batch, and return the last value, which lies alike."""
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:

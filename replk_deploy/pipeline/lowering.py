@@ -36,7 +36,7 @@ from replk_deploy.workspace import ROOT, Workspace
 Form = Literal["auto", "none", "grouped", "dense", "strip"]
 AUTO: Form = "auto"
 GROWTH = 6.0  # times the fused weights, unless told otherwise
-CHANNEL_MAJOR = frozenset({"ort-cuda"})  # runtimes that gain from keeping what lies between dense forms in their layout
+CHANNEL_MAJOR = frozenset({"ort-cuda"})  # runtimes that gain from keeping stretches of a graph channel by channel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
