@@ -161,8 +161,9 @@ def lower_network(network: Network, size: tuple[int, int], choose: Choose | None
         size: height and width of the images.
         choose: a name in LOWERINGS or "none" for each; None only crops.
     """
-    sites = tuple(_decide(candidate, choose) for candidate in modules.candidates(network, size))
-    twin = modules.rewritten(network, size, {site.name: site.choice for site in sites if site.changed})
+    found = modules.candidates(network, size)
+    sites = tuple(_decide(candidate, choose) for candidate in found)
+    twin = modules.replaced(network, found, {site.name: site.choice for site in sites if site.changed})
     before, after = (sum(p.nbytes for p in net.parameters()) for net in (network, twin))
     return twin, Lowered(sites=sites, chains=0, bytes_before=before, bytes_after=after)
 

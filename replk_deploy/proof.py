@@ -282,6 +282,7 @@ def prove_file(
     oracle: Oracle,
     path: Path,
     *,
+    edge: str = "verify",
     preprocessing: Preprocessing | None = None,
     doubt: str = "",
     progress: Progress = silent,
@@ -291,6 +292,7 @@ def prove_file(
     Args:
         oracle: the network, float64.
         path: the file.
+        edge: what is proved.
         preprocessing: of the network: a file that was made for another is rejected; None when it is not known.
         doubt: about the network.
         progress: told before and after.
@@ -300,7 +302,7 @@ def prove_file(
     with open_onnx(path, precision) as backend:
         progress("verify", 0, 1)
         found = prove_backend(
-            "verify", oracle, backend, metadata, precision=precision, preprocessing=preprocessing, doubt=doubt
+            edge, oracle, backend, metadata, precision=precision, preprocessing=preprocessing, doubt=doubt
         )
     if found.state == "rejected" and not found.structure and precision:
         images = torch.from_numpy(verify.normal(_size_of(backend, metadata)).images[:1]).double()

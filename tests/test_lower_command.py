@@ -209,6 +209,14 @@ def test_what_was_lowered_is_taken_again_until_the_plan_changes(run: Path, monke
         lowered_now(run, "auto")
 
 
+def test_times_of_a_gpu_are_for_backends_that_use_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering_.cuda, "facts", lambda: {"gpu": "one of ours"})
+    for there, device in ((True, "one of ours"), (False, "cpu")):
+        monkeypatch.setattr(lowering_.cuda, "available", lambda there=there: there)
+        found = {name: lowering_._device(backends.find(name)) for name in ("ort-cpu", "openvino", "ort-cuda", "torch")}
+        assert found == {"ort-cpu": "cpu", "openvino": "cpu", "ort-cuda": device, "torch": device}
+
+
 def test_auto_knows_nothing_changes_nothing_and_says_so(run: Path) -> None:
     done = ask("lower")
     assert done.exit_code == 0, done.output

@@ -134,6 +134,7 @@ class Backend(abc.ABC):
         takes: which file of a run it starts from.
         precisions: what it can execute.
         honours: the settings that mean something to it.
+        cpu_only: whether it leaves a GPU alone, where there is one.
         input: one image batch, [N, 3, H, W] floating or [N, H, W, 3] uint8.
         outputs: names, in order.
         precision: that of the open artefact.
@@ -146,6 +147,7 @@ class Backend(abc.ABC):
     takes: ClassVar[Literal["weights", "onnx"]]
     precisions: ClassVar[frozenset[Precision]]
     honours: ClassVar[frozenset[str]] = frozenset()
+    cpu_only: ClassVar[bool] = False
     input: TensorSpec
     outputs: tuple[str, ...]
     precision: Precision

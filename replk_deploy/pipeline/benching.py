@@ -20,12 +20,13 @@ from replk_deploy.backends.base import Array, Backend, Engine, Launch, Settings
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.bench import Bench
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError, UnavailableError
+from replk_deploy.forms import AUTO, Form
 from replk_deploy.lanes import Contestant
 from replk_deploy.lowerings import NONE
 from replk_deploy.measurement import row_name
 from replk_deploy.metadata import Metadata
 from replk_deploy.pipeline import building, lowering, racing
-from replk_deploy.pipeline.lowering import AUTO, Form, Plan
+from replk_deploy.pipeline.lowering import Plan
 from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle

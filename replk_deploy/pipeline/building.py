@@ -17,9 +17,9 @@ from replk_deploy.backends.base import Backend, Engine, Recipe
 from replk_deploy.backends.sidecar import Sidecar
 from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
+from replk_deploy.forms import AUTO, Form
 from replk_deploy.metadata import Verdict
 from replk_deploy.pipeline import entries, exporting, lowering
-from replk_deploy.pipeline.lowering import AUTO, Form
 from replk_deploy.precision import Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof

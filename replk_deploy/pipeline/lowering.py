@@ -21,6 +21,7 @@ from replk_deploy.container import Source
 from replk_deploy.costs import Calibration, Decision, Model
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.export import LIMIT_BYTES
+from replk_deploy.forms import AUTO, Form
 from replk_deploy.lower import Lowered
 from replk_deploy.lowerings import LOWERINGS, NONE, counted
 from replk_deploy.lowerings.base import LargeConv
@@ -33,8 +34,6 @@ from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof
 from replk_deploy.workspace import ROOT, Workspace
 
-Form = Literal["auto", "none", "grouped", "dense", "strip"]
-AUTO: Form = "auto"
 GROWTH = 6.0  # times the fused weights, unless told otherwise
 CHANNEL_MAJOR = frozenset({"ort-cuda"})  # runtimes that gain from keeping stretches of a graph channel by channel
 
@@ -456,8 +455,7 @@ def _bytes(source: Path) -> int:
 
 def _device(kind: type[Backend]) -> str:
     """Return what calibrations call the device that a backend runs on here."""
-    gpu = kind.name not in {"ort-cpu", "openvino"} and cuda.available()
-    return cuda.facts()["gpu"] if gpu else "cpu"
+    return "cpu" if kind.cpu_only or not cuda.available() else cuda.facts()["gpu"]
 
 
 def _name(source: Path, made: Plan) -> str:
@@ -472,13 +470,7 @@ def _options(made: Plan, *, prove: bool) -> Mapping[str, Any]:
 
 def _judge(source: Path, part: Path, oracle: Oracle | None, errors: Mapping[str, float], lowered: Lowered) -> Proof:
     """Judge each changed place alone and the whole graph, by the float64 network or else by what it was made from."""
-    metadata = graph.header(part)
-    if oracle is not None:
-        precision = metadata.precision if metadata else None
-        with proving.open_onnx(part, precision) as backend:
-            proof = proving.prove_backend("lower", oracle, backend, metadata, precision=precision)
-    else:
-        proof = proving.prove_graphs(source, part)
+    proof = proving.prove_file(oracle, part, edge="lower") if oracle else proving.prove_graphs(source, part)
     lost = [site.name for site in lowered.sites if site.changed and site.name not in errors]
     structure = (f"{len(lost)} changed places were not compared: {', '.join(lost[:3])}",) if lost else ()
     return dataclasses.replace(proof, edge="lower", modules=errors, structure=(*proof.structure, *structure))
