@@ -20,7 +20,7 @@ from replk_deploy import graph
 from replk_deploy.errors import ReplkError
 from replk_deploy.export import LIMIT_BYTES
 from replk_deploy.lowerings import LOWERINGS, NONE, modules
-from replk_deploy.lowerings.base import LARGE, Candidate, LargeConv, constant_of
+from replk_deploy.lowerings.base import LARGE, Candidate, LargeConv, constant_of, name_apart
 from replk_deploy.lowerings.rewriting import Job, candidates, rewrite
 from replk_deploy.models.base import Network
 
@@ -119,8 +119,8 @@ def find_network(network: Network, size: tuple[int, int]) -> tuple[LargeConv, ..
 def lower_graph(path: Path, out: Path, choose: Choose | None = None, *, channel_major: bool = False) -> Lowered:
     """Write an ONNX file whose large convolutions are what `choose` says of each.
 
-    Inputs, outputs, metadata and the names of what is computed stay, but for values inside a chain. A graph
-    in which nothing changes is written as it was.
+    Inputs, outputs, metadata and the names of what is computed stay, but for values inside a chain. Nodes that
+    share a name or have none take that of their result. A graph in which nothing changes is written as it was.
 
     Args:
         path: the graph; its weights are initializers or Constant nodes, of any floating type.
@@ -216,6 +216,7 @@ def _ask(site: LargeConv, choose: Choose | None) -> tuple[str, str]:
 def _open(path: Path) -> ir.Model:
     model = ir.from_proto(graph.load(path))
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    name_apart(model.graph)
     return model
 
 

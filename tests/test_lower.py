@@ -287,11 +287,12 @@ def spoil(path: Path, what: Callable[[onnx.ModelProto], None]) -> Path:
     return out
 
 
-def nudge(name: str) -> Callable[[onnx.ModelProto], None]:
+def nudge(name: str, *, share: float = 0) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         tensor = next(t for t in model.graph.initializer if t.name.startswith(name))
         array = numpy_helper.to_array(tensor).copy()
-        array.ravel()[np.flatnonzero(array)[0]] *= 1 + 1e-6
+        found = np.flatnonzero(array)
+        array.ravel()[found[int(share * len(found))]] *= 1 + 1e-6
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
     return change
@@ -429,6 +430,32 @@ def test_convolutions_that_share_a_weight_share_what_it_becomes(choice: str, tmp
     grown = {name for name in tensors if name.startswith("w.")}
     assert len(grown) == (1 if choice == "none" else 2)
     assert ("w" in tensors) is (choice == "none")
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
+@pytest.mark.parametrize("choice", ["grouped", "dense", "strip"])
+def test_nodes_of_one_name_are_told_apart(choice: str, merge: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Two of one name, one whose result has that name, one without a name, and one named after a part of another."""
+    names = {"c": "a", "c ": "c", "d/Conv": "e", "": "d", "e/Conv": "y"}
+    nodes, x = [], "x"
+    for name, y in names.items():
+        nodes.append(conv(x, y, name=name.strip(), w=f"w{y}", b="b", pads=[7, 3, 7, 3]))
+        x = y
+    path = foreign(tmp_path / "f.onnx", *nodes, **{f"w{y}": (4, 1, 15, 7) for y in names.values()}, b=(4,))
+    found = lower.find(path)
+    assert [site.name for site in found] == ["a", "c", "d/Conv", "d", "e/Conv"]
+    wanted = iter([choice, "none", choice, choice, choice])
+    forms = {site.name: next(wanted) for site in found}
+    out = tmp_path / "out.onnx"
+    lowered = lower.lower_graph(path, out, lambda site: forms[site.name], channel_major=merge)
+    assert {site.name: site.choice for site in lowered.sites} == forms
+    errors = check_sites(path, out)
+    assert len(errors) == 4
+    assert max(errors.values()) <= EXACT
+    nameless = spoil(path, lambda model: [node.ClearField("name") for node in model.graph.node])  # or nobody opens it
+    assert apart(*ask(out, images(3, (9, 10), 4)), *ask(nameless, images(3, (9, 10), 4))) <= ROUND_OFF
+    errors = check_sites(path, spoil(out, nudge(f"wd.{choice}", share=0.6)))
+    assert [name for name, error in errors.items() if error > EXACT] == ["d"]
 
 
 @pytest.mark.parametrize("choice", ["grouped", "dense", "strip"])

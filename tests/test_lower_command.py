@@ -275,6 +275,25 @@ def test_a_file_of_somebody_else_is_judged_by_what_it_was(in_empty_folder: Path)
         np.testing.assert_allclose(after.run(x)["y"], before.run(x)["y"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("in_empty_folder")
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_file_of_somebody_else_may_take_other_than_three_channels(channels: int) -> None:
+    shape, w = ("n", channels, 9, 10), (channels, 1, 13, 13)
+    foreign(Path("f.onnx"), conv("x", "y", name="c", group=channels), shape=shape, w=w)
+    made = pipeline.lower(Path("f.onnx"), form="grouped", max_growth=10)
+    assert (made.verdict.state, made.lowered.changed) == ("provisional", True)
+    timed = pipeline.bench(
+        Path("f.onnx"), backends=("ort-cpu",), forms=("none",), max_seconds=0.01, allow_unverified=True
+    )
+    assert [row.facts["lowering"] for row in timed.bench.rows] == ["none"]
+    model = onnx.load(made.file)
+    del model.metadata_props[:]
+    weight = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight)[::-1], weight.name))
+    onnx.save(model, "wrong.onnx")
+    assert pipeline.verify(Path("wrong.onnx"), Path("f.onnx")).state == "rejected"
+
+
 def test_a_file_that_nothing_vouches_for_vouches_for_nothing(run: Path) -> None:
     loose = unverified(run)
     with pytest.raises(IntegrityError, match=r"loose\.onnx is unverified"):
@@ -526,6 +545,23 @@ def test_an_engine_is_built_of_the_lowered_file_and_kept(run: Path, copier: type
     assert (made.source_sha256, made.header.lowered) == (files.sha256(lowered), ALL_GROUPED)
     built = pipeline.build(run, backend=copier.name, form="none")
     assert (copier.builds, built.sidecar.source, built.sidecar.header.lowered) == (2, "model.fp32.onnx", "")
+
+
+def test_without_a_proof_of_the_engine_the_lowered_file_has_none_either(
+    run: Path, copier: type[test_build.Copier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("prove_file", "prove_graphs", "prove_backend", "prove_by_graph"):
+        monkeypatch.setattr(lowering_.proving, name, lambda *_a, **_k: pytest.fail("it was judged"))
+    name = "lowered/model.fp32.grouped.onnx"
+    built = pipeline.build(run, backend=copier.name, form="grouped", prove=False)
+    assert (built.verdict.state, built.sidecar.header.lowered) == ("unverified", ALL_GROUPED)
+    assert Workspace.open(run).entry(name).verdict.state == "unverified"
+    monkeypatch.undo()
+    monkeypatch.setitem(backends.BACKENDS, test_build.NAME, f"{test_build.__name__}:Copier")
+    assert pipeline.build(run, backend=copier.name, form="grouped").verdict.state == "pass"
+    assert Workspace.open(run).entry(name).verdict.state == "pass", "what nobody judged is judged before it is used"
+    again = pipeline.build(run, backend=copier.name, form="grouped", prove=False)
+    assert (again.verdict.state, Workspace.open(run).entry(name).verdict.state) == ("unverified", "pass")
 
 
 def test_a_file_that_nothing_vouches_for_is_not_built_because_it_was_lowered(

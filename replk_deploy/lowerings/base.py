@@ -14,6 +14,7 @@ A tap further from the centre than the map is wide meets nothing but padding: `c
 
 import abc
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, final
@@ -189,6 +190,20 @@ class ChannelMajor(Lowering):
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Return what a value always is: an initializer or the result of a Constant node; None for every other."""
     return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def name_apart(graph: ir.Graph) -> None:
+    """Give each node without a name, or with that of another, the name of its first result, in place."""
+    counts = Counter(node.name for node in graph)
+    alone = {name for name, count in counts.items() if name and count == 1}
+    taken = set(alone)
+    for node in graph:
+        if node.name not in alone:
+            name = str(node.outputs[0].name) if node.outputs and node.outputs[0].name else node.op_type
+            while name in taken:
+                name = f"{name}'"
+            taken.add(name)
+            node.name = name
 
 
 def lengths(value: ir.Value | None) -> list[int | None] | None:

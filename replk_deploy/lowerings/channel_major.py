@@ -74,7 +74,7 @@ def rewrite(graph: ir.Graph, chain: Sequence[ir.Node], large: Mapping[ir.Node, P
     layout = _layout(large.values())
     inside, turned = set(chain), dict[ir.Value, ir.Value]()
     for node in chain:
-        write, old = Writer(node.name or str(node.outputs[0].name)), node.outputs[0]
+        write, old = Writer(str(node.name)), node.outputs[0]
         for value in _activations(node):
             if value not in turned:
                 turned[value] = _enter(write, value, layout)

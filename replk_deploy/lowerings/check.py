@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from replk_deploy import graph
 from replk_deploy.errors import MismatchError
-from replk_deploy.lowerings.base import LAYOUTS, Layout, constant_of, lengths
+from replk_deploy.lowerings.base import LAYOUTS, Layout, constant_of, lengths, name_apart
 
 IMAGES = 2
 DOUBT = "the lowered file is not one of the original: lower it again"
@@ -34,11 +34,12 @@ def check_sites(before: Path, after: Path, *, seed: int = 0) -> dict[str, float]
     """
     first, second = (ir.from_proto(graph.load(path)) for path in (before, after))
     ShapeInferencePass(check_type=False, strict_mode=False)(first)
+    name_apart(first.graph)
     made = {str(value.name): value for node in second.graph for value in node.outputs}
     errors = {}
     for node in first.graph:
         if node.op_type == "Conv" and not node.domain and constant_of(node.inputs[1]) is not None:
-            name, output = node.name or str(node.outputs[0].name), str(node.outputs[0].name)
+            name, output = str(node.name), str(node.outputs[0].name)
             turned = [made[output + layout.suffix] for layout in LAYOUTS if output + layout.suffix in made]
             result = next((value for value in turned if _stands_for(value.producer(), name)), made.get(output))
             if result is None:
@@ -50,7 +51,7 @@ def check_sites(before: Path, after: Path, *, seed: int = 0) -> dict[str, float]
 
 def _stands_for(node: ir.Node | None, name: str) -> bool:
     """Tell whether a node is part of what the convolution of that name became."""
-    return node is not None and str(node.name).startswith(f"{name}/")
+    return node is not None and str(node.name).rpartition("/")[0] == name
 
 
 def _same(node: ir.Node, other: ir.Node | None) -> bool:

@@ -103,7 +103,7 @@ def _candidate(node: ir.Node, opset: int) -> Candidate | None:
     sizes = lengths(node.inputs[0]) or []
     rows, columns = sizes[MAP:] if len(sizes) == 2 * MAP else (None, None)
     return Candidate(
-        name=node.name or str(node.outputs[0].name),
+        name=str(node.name),
         channels=channels,
         kernel=(high, wide),
         map=None if rows is None or columns is None else (rows, columns),

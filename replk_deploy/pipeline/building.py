@@ -73,8 +73,11 @@ def build(
     recipe, name = recipe or Recipe(), engine_name(kind, source)
     with tempfile.TemporaryDirectory() as folder:
         if refit is None:
-            _doubt(source, allow_unverified=allow_unverified)  # the lowered file has a verdict of its own
-            source, recipe = _lowered(source, kind, run, recipe, form, Path(folder), oracle, root, progress)
+            _doubt(source, allow_unverified=allow_unverified)  # the lowered file has a verdict of its own, or none
+            source, recipe = _lowered(
+                source, kind, run, recipe, form, Path(folder), oracle, root, progress, prove=prove
+            )
+            allow_unverified |= not prove
         return build_file(
             source,
             kind,
@@ -203,13 +206,24 @@ def _lowered(
     oracle: Oracle | None,
     root: Path,
     progress: Progress,
+    *,
+    prove: bool = True,
 ) -> tuple[Path, Recipe]:
     """Return what to build from, lowered for the batch that the engine is tuned for, and how."""
     said = sources.header(source)
     stated = Batch.parse(said.batch) if said and said.batch else DYNAMIC
     batch = (recipe.batches or (stated,))[0].opt
     path, plan = lowering.needed(
-        source, kind, run, form=form, batch=batch, folder=folder, oracle=oracle, root=root, progress=progress
+        source,
+        kind,
+        run,
+        form=form,
+        batch=batch,
+        folder=folder,
+        oracle=oracle,
+        prove=prove,
+        root=root,
+        progress=progress,
     )
     if plan and kind.takes == "weights":
         recipe = dataclasses.replace(recipe, forms=tuple(plan.forms.items()))

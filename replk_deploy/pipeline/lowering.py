@@ -263,6 +263,7 @@ def needed(
     folder: Path,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     oracle: Oracle | None = None,
+    prove: bool = True,
     root: Path = ROOT,
     progress: Progress = silent,
 ) -> tuple[Path, Plan | None]:
@@ -279,6 +280,7 @@ def needed(
         folder: for what is not kept.
         device: where it will run, as in Settings.
         oracle: the float64 network, where it is at hand.
+        prove: whether to judge what is made; else it is unverified.
         root: folder of the runs, where a calibration of this machine may lie.
         progress: told while it is made.
 
@@ -305,10 +307,11 @@ def needed(
     if source.suffix != ".onnx":
         return source, made
     name = _name(source, made)
-    if run and run.fresh(name, {source.name: files.sha256(source)}, _options(made, prove=True)):
+    made_from = {source.name: files.sha256(source)}
+    if run and any(run.fresh(name, made_from, _options(made, prove=judged)) for judged in {True, prove}):
         return run.take(name), made
     output = None if run else folder / Path(name).name
-    done = lower_file(source, made, run, output=output, oracle=oracle, progress=progress)
+    done = lower_file(source, made, run, output=output, oracle=oracle, prove=prove, progress=progress)
     if done.verdict.state == "rejected":
         raise MismatchError(f"{done.file} was rejected: {done.verdict.why}", "do not deploy it")
     return done.file, made
