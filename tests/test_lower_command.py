@@ -547,6 +547,28 @@ def test_an_engine_is_built_of_the_lowered_file_and_kept(run: Path, copier: type
     assert (copier.builds, built.sidecar.source, built.sidecar.header.lowered) == (2, "model.fp32.onnx", "")
 
 
+def test_bench_times_an_engine_as_the_form_that_it_holds_and_as_no_other(
+    run: Path, copier: type[test_build.Copier]
+) -> None:
+    know(run, runtime=copier.name)
+
+    def bench(*forms: str) -> tuple[list[str], set[str]]:
+        done = pipeline.bench(run, backends=(copier.name,), forms=forms, max_seconds=0.01, root=run.parent)
+        return [row.facts["lowering"] for row in done.bench.rows], set(done.bench.failures)
+
+    assert bench("none") == (["none"], set()), "built as asked"
+    assert bench("auto") == (["none"], set()), "taken as it is"
+    with pytest.raises(ReplkError, match="copy was built with large convolutions as none, not as grouped") as caught:
+        bench("grouped")
+    assert f"replk build --backend {copier.name} --lower grouped" in caught.value.remedy
+    pipeline.build(run, backend=copier.name, form="grouped")
+    assert bench("grouped") == ([ALL_GROUPED], set())
+    assert bench("auto", "none", "dense") == ([ALL_GROUPED], {f"{copier.name} --lower {f}" for f in ("none", "dense")})
+    assert copier.builds == 2
+    with pytest.raises(ReplkError, match="as grouped 2 of 2, not as none"):
+        pipeline.bench(run / copier.name / "model.fp32.copy", backends=(copier.name,), forms=("none",))
+
+
 def test_without_a_proof_of_the_engine_the_lowered_file_has_none_either(
     run: Path, copier: type[test_build.Copier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
