@@ -24,10 +24,9 @@ import torch
 
 from replk_deploy import pipeline, records, sources
 from replk_deploy.backends import BACKENDS
+from replk_deploy.forms import AUTO, FORMS
 from replk_deploy.models.replknet import VARIANTS
-from replk_deploy.options import FORMS
 from replk_deploy.pipeline.benching import GRAPHS
-from replk_deploy.pipeline.lowering import AUTO
 from replk_deploy.precision import PRECISIONS, Precision
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -96,9 +96,8 @@ def calibrations(folder: Path | None = None) -> tuple[Calibration, ...]:
         IntegrityError: a record is damaged or of a newer version.
     """
     shipped = resources.files("replk_deploy") / "calibrations"
-    paths = [Path(str(shipped / name)) for name in ("h100.json", "cpu.json")]
     own = [] if folder is None or not (folder / FILE).is_file() else [folder / FILE]
-    return tuple(read(path) for path in (*own, *(path for path in paths if path.is_file())))
+    return tuple(read(path) for path in (*own, *sorted(Path(str(shipped)).glob("*.json"))))
 
 
 def read(path: Path) -> Calibration:

@@ -20,7 +20,7 @@ from replk_deploy import graph
 from replk_deploy.errors import ReplkError
 from replk_deploy.export import LIMIT_BYTES
 from replk_deploy.lowerings import LOWERINGS, NONE, modules
-from replk_deploy.lowerings.base import LARGE, Candidate, LargeConv, constant_of
+from replk_deploy.lowerings.base import LARGE, Candidate, LargeConv, constant_of, name_apart
 from replk_deploy.lowerings.rewriting import Job, candidates, rewrite
 from replk_deploy.models.base import Network
 
@@ -119,14 +119,14 @@ def find_network(network: Network, size: tuple[int, int]) -> tuple[LargeConv, ..
 def lower_graph(path: Path, out: Path, choose: Choose | None = None, *, channel_major: bool = False) -> Lowered:
     """Write an ONNX file whose large convolutions are what `choose` says of each.
 
-    Inputs, outputs, metadata and the names of what is computed stay, but for values inside a chain. A graph
-    in which nothing changes is written as it was.
+    Inputs, outputs, metadata and the names of what is computed stay, but for values inside a chain. Nodes that
+    share a name or have none take that of their result. A graph in which nothing changes is written as it was.
 
     Args:
         path: the graph; its weights are initializers or Constant nodes, of any floating type.
         out: where to write; the caller owns the name.
         choose: a name in LOWERINGS or "none" for each; None only crops, and leaves maps of unknown size alone.
-        channel_major: keep what lies between dense rewrites in their layout.
+        channel_major: keep what lies between dense or grouped rewrites in their layout.
 
     Raises:
         ReplkError: not a whole ONNX file, a map of unknown size, or a file that would pass 2 GiB.
@@ -161,8 +161,9 @@ def lower_network(network: Network, size: tuple[int, int], choose: Choose | None
         size: height and width of the images.
         choose: a name in LOWERINGS or "none" for each; None only crops.
     """
-    sites = tuple(_decide(candidate, choose) for candidate in modules.candidates(network, size))
-    twin = modules.rewritten(network, size, {site.name: site.choice for site in sites if site.changed})
+    found = modules.candidates(network, size)
+    sites = tuple(_decide(candidate, choose) for candidate in found)
+    twin = modules.replaced(network, found, {site.name: site.choice for site in sites if site.changed})
     before, after = (sum(p.nbytes for p in net.parameters()) for net in (network, twin))
     return twin, Lowered(sites=sites, chains=0, bytes_before=before, bytes_after=after)
 
@@ -215,6 +216,7 @@ def _ask(site: LargeConv, choose: Choose | None) -> tuple[str, str]:
 def _open(path: Path) -> ir.Model:
     model = ir.from_proto(graph.load(path))
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    name_apart(model.graph)
     return model
 
 

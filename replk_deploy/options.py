@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from replk_deploy.errors import ReplkError
+from replk_deploy.forms import FORMS
+from replk_deploy.forms import Form as Asked
 from replk_deploy.precision import PRECISIONS
 from replk_deploy.precision import Precision as Named
-
-FORMS = ("auto", "none", "grouped", "dense", "strip")
 
 
 def _record(path: Path | None) -> Path | None:
@@ -49,7 +49,7 @@ AllowUnverified = Annotated[
 ]
 
 Form = Annotated[
-    Literal["auto", "none", "grouped", "dense", "strip"],
+    Asked,
     typer.Option("--lower", help="Form of large convolutions; auto decides for backend and batch."),
 ]
 

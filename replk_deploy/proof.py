@@ -41,6 +41,7 @@ from replk_deploy.progress import Progress, silent
 from replk_deploy.verify import SIGNAL, Agreement, Probe, answer_of
 
 SMALL = 64
+RGB = 3  # channels of what networks of ours take
 NO_BF16 = "no bfloat16 kernels in ONNX Runtime on a CPU: proved by the float32 twin of the same graph, rounded as it is"
 
 NO_FLOAT64 = "the reference is no float64 network: name the checkpoint or the fused weights to have a proof"
@@ -282,6 +283,7 @@ def prove_file(
     oracle: Oracle,
     path: Path,
     *,
+    edge: str = "verify",
     preprocessing: Preprocessing | None = None,
     doubt: str = "",
     progress: Progress = silent,
@@ -291,6 +293,7 @@ def prove_file(
     Args:
         oracle: the network, float64.
         path: the file.
+        edge: what is proved.
         preprocessing: of the network: a file that was made for another is rejected; None when it is not known.
         doubt: about the network.
         progress: told before and after.
@@ -300,7 +303,7 @@ def prove_file(
     with open_onnx(path, precision) as backend:
         progress("verify", 0, 1)
         found = prove_backend(
-            "verify", oracle, backend, metadata, precision=precision, preprocessing=preprocessing, doubt=doubt
+            edge, oracle, backend, metadata, precision=precision, preprocessing=preprocessing, doubt=doubt
         )
     if found.state == "rejected" and not found.structure and precision:
         images = torch.from_numpy(verify.normal(_size_of(backend, metadata)).images[:1]).double()
@@ -470,7 +473,7 @@ def judge_backend(
                 f"{name} takes uint8 images and does not say how it normalises them",
                 "export it with: replk export --onnx --embed-preprocess",
             )
-    probe = probe or probe_for(backend, metadata)
+    probe = probe or probe_for(backend, metadata, channels=RGB)
     expected = oracle.answers(probe, inside)
     bound = verify.calibrate(expected, oracle.eager(precision, inside), probe, precision, limit=limit)
     return verify.verify(
@@ -507,11 +510,14 @@ def open_onnx(path: Path, precision: Precision | None) -> Iterator[Backend]:
             yield backend
 
 
-def probe_for(backend: Backend, metadata: Metadata | None, *, count: int = 2, seed: int = 0) -> Probe:
-    """Make random images of the kind and size that an open backend takes."""
+def probe_for(
+    backend: Backend, metadata: Metadata | None, *, count: int = 2, seed: int = 0, channels: int | None = None
+) -> Probe:
+    """Make random images of the kind and size that an open backend takes, and of its channels unless told otherwise."""
     raw = backend.input.dtype == "uint8"
     make = verify.pictures if raw else verify.normal
-    return make(_size_of(backend, metadata), count=count, seed=seed)
+    channels = channels or backend.input.shape[-1 if raw else 1] or RGB
+    return make(_size_of(backend, metadata), count=count, seed=seed, channels=channels)
 
 
 def _size_of(backend: Backend, metadata: Metadata | None) -> tuple[int, int]:

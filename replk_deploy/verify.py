@@ -30,7 +30,7 @@ SIGNAL = 1e-2  # two images must differ at least this much in the output, or eve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Images with a name each: [N, 3, H, W] float32 normalised, or [N, H, W, 3] uint8."""
+    """Images with a name each: [N, C, H, W] float32 normalised, or [N, H, W, C] uint8; C is 3 for networks of ours."""
 
     names: tuple[str, ...]
     images: Array
@@ -126,10 +126,10 @@ class Agreement:
         return f"{found} ({times:.2g}x PyTorch's own {self.precision} error)"
 
 
-def normal(size: tuple[int, int], *, count: int = 2, seed: int = 0) -> Probe:
+def normal(size: tuple[int, int], *, count: int = 2, seed: int = 0, channels: int = 3) -> Probe:
     """Make unlike images of seeded normal noise in the normalised scale."""
     rng = np.random.default_rng(seed)
-    images = rng.standard_normal((count, 3, *size)).astype(np.float32)
+    images = rng.standard_normal((count, channels, *size)).astype(np.float32)
     return Probe(names=tuple(f"normal {i}" for i in range(count)), images=images)
 
 
@@ -147,10 +147,10 @@ def special(size: tuple[int, int], *, seed: int = 1) -> Probe:
     return Probe(names=("normal 0", "normal 1", "zeros", *(f"impulse {s}" for s in spots), "10 sigma"), images=images)
 
 
-def pictures(size: tuple[int, int], *, count: int = 2, seed: int = 0) -> Probe:
+def pictures(size: tuple[int, int], *, count: int = 2, seed: int = 0, channels: int = 3) -> Probe:
     """Make unlike images of seeded uniform bytes, for networks with the preprocessing inside."""
     rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (count, *size, channels), dtype=np.uint8)
     return Probe(names=tuple(f"uniform {i}" for i in range(count)), images=images)
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(replk_deploy.__file__).parent
 ROOT = PACKAGE.parent
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"precision", "progress", "records", "files", "optional", "batch"},
+    {"precision", "progress", "records", "files", "optional", "batch", "forms"},
     {"models", "preprocess", "onednn", "tf32", "quantiles", "clocks", "machine", "metadata"},
     {"weights", "graph", "container", "measurement"},
     {"lowerings"},

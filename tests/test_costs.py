@@ -343,6 +343,13 @@ def test_a_record_that_cannot_be_read_is_neither_used_nor_written_over(text: str
     assert len(costs.calibrations(tmp_path)[0].costs) == 1
 
 
+def test_every_record_in_the_folder_of_the_package_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(costs, "resources", SimpleNamespace(files=lambda _package: tmp_path))
+    for name, one in (("b", SHIPPED[0]), ("a", MEASURED)):
+        costs.add(tmp_path / "calibrations" / f"{name}.json", one)
+    assert costs.calibrations() == (MEASURED, SHIPPED[0])
+
+
 def test_without_any_record_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(costs, "resources", SimpleNamespace(files=lambda _package: tmp_path))
     assert costs.calibrations(tmp_path) == ()

@@ -18,8 +18,8 @@ from replk_deploy.batch import Batch
 from replk_deploy.errors import MismatchError, ReplkError
 from replk_deploy.export import export
 from replk_deploy.fuse import fuse
-from replk_deploy.lowerings import dense, grouped, strip
-from replk_deploy.lowerings.base import LargeConv, Rewritten
+from replk_deploy.lowerings import check, dense, grouped, strip
+from replk_deploy.lowerings.base import BY_IMAGE, BY_ROW, LargeConv, Rewritten
 from replk_deploy.lowerings.check import check_sites
 from replk_deploy.models.baselines import baseline
 from replk_deploy.models.replknet import RepLKGeometry, RepLKNet
@@ -31,6 +31,7 @@ from tests.test_lowerings import BUGS
 EXACT = 1e-12
 ROUND_OFF = 2e-6  # relative L2 between two float32 evaluations of a network of these sizes
 CHOICES = ["none", "grouped", "dense", "strip"]
+CHAINED = ["grouped", "dense"]  # forms that share a layout with their neighbours
 GEOMETRY = RepLKGeometry(
     channels=(6, 8, 12),
     depths=(1, 3, 2),
@@ -115,7 +116,7 @@ def test_a_lowered_graph_gives_the_same_answers(choice: str, merge: bool, file: 
     lowered = lower.lower_graph(file, out, all_of(choice), channel_major=merge)
     assert [site.choice for site in lowered.sites] == [choice] * 6
     assert not any(site.reason for site in lowered.sites)
-    assert lowered.chains == (2 if choice == "dense" and merge else 0)
+    assert lowered.chains == (2 if choice in CHAINED and merge else 0)
     for batch in (1, 3):
         assert apart(*ask(out, images(batch)), *ask(file, images(batch))) <= ROUND_OFF
     errors = check_sites(file, out)
@@ -165,19 +166,54 @@ def test_what_others_read_in_a_file_stays(choice: str, file: Path, tmp_path: Pat
     assert {sites.owners(name, places)[0] for name in names if sites.owners(name, places)} == places
 
 
-def test_a_chain_transposes_at_its_borders_only(file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("choice", CHAINED)
+def test_a_chain_transposes_at_its_borders_only(choice: str, file: Path, tmp_path: Path) -> None:
     apart_, merged = tmp_path / "apart.onnx", tmp_path / "merged.onnx"
-    lower.lower_graph(file, apart_, lambda s: "none" if s.map == (20, 16) else "dense")
-    lower.lower_graph(file, merged, lambda s: "none" if s.map == (20, 16) else "dense", channel_major=True)
-    assert operators(apart_).count("Transpose") == 2 * 5
+    lower.lower_graph(file, apart_, lambda s: "none" if s.map == (20, 16) else choice)
+    lower.lower_graph(file, merged, lambda s: "none" if s.map == (20, 16) else choice, channel_major=True)
+    products = 5 if choice == "dense" else 0
+    assert operators(apart_).count("Transpose") == 2 * products
     assert operators(merged).count("Transpose") == 2 * 2
-    assert operators(merged).count("MatMul") == 5
+    assert operators(merged).count("MatMul") == products
     pointwise = 3 * 4 + 1 + 2 * 4  # of the blocks, and the transition that follows the first chain
     assert operators(merged).count("Gemm") == 1 + pointwise
-    assert operators(file).count("Conv") - operators(merged).count("Conv") == 5 + pointwise
+    assert operators(file).count("Conv") - operators(merged).count("Conv") == products + pointwise
     kept = {t.name for t in onnx.load(merged).graph.initializer}
     read = {name for node in onnx.load(merged).graph.node for name in node.input}
     assert kept <= read
+
+
+@pytest.mark.parametrize(
+    ("order", "more"),
+    [
+        (["none", "dense", "grouped", "dense", "dense", "dense"], 2),
+        (["grouped", "grouped", "grouped", "dense", "grouped", "dense"], 4),
+        (["none", "dense", "strip", "grouped", "none", "grouped"], 2 + 3),
+    ],
+    ids=["dense rules", "grouped rules", "a strip amid"],
+)
+def test_the_form_that_most_take_rules_a_chain(order: list[str], more: int, file: Path, tmp_path: Path) -> None:
+    """A rewrite that wants the other layout stands between two transpositions, as does one that knows neither."""
+    out, chosen = tmp_path / "out.onnx", iter(order)
+    lowered = lower.lower_graph(file, out, lambda _s: next(chosen), channel_major=True)
+    assert operators(out).count("Transpose") == 2 * lowered.chains + more
+    for batch in (1, 2, 3):
+        assert apart(*ask(out, images(batch)), *ask(file, images(batch))) <= ROUND_OFF
+    assert max(check_sites(file, out).values()) <= EXACT
+
+
+@pytest.mark.parametrize("axes", [(1, 0, 2, 3), (1, 2, 3, 0), (1, 3, 0, 2)], ids=str)
+def test_a_chain_in_another_order_than_its_rewrites_is_seen(
+    axes: tuple[int, int, int, int], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = BY_ROW._replace(axes=axes)
+    monkeypatch.setattr(check, "LAYOUTS", (BY_IMAGE, wrong))
+    monkeypatch.setattr(grouped.Grouped, "layout", wrong)
+    out = tmp_path / "out.onnx"
+    lower.lower_graph(file, out, all_of("grouped"), channel_major=True)
+    errors = [error for name, error in check_sites(file, out).items() if "large_kernel" in name]
+    assert sum(error > 1e-2 for error in errors) == 5  # all but the one that is alone in its stage, and in no chain
+    assert apart(*ask(out, images(3)), *ask(file, images(3))) > ROUND_OFF
 
 
 def test_each_site_may_have_its_own(file: Path, tmp_path: Path) -> None:
@@ -190,10 +226,11 @@ def test_each_site_may_have_its_own(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
-def test_a_fixed_batch_stays_fixed(merge: bool, files: Callable[..., Path], tmp_path: Path) -> None:  # noqa: FBT001
+@pytest.mark.parametrize("choice", CHAINED)
+def test_a_fixed_batch_stays_fixed(choice: str, merge: bool, files: Callable[..., Path], tmp_path: Path) -> None:  # noqa: FBT001
     file = files(batch=Batch(min=3, opt=3, max=3))
     out = tmp_path / "out.onnx"
-    lower.lower_graph(file, out, all_of("dense"), channel_major=merge)
+    lower.lower_graph(file, out, all_of(choice), channel_major=merge)
     assert apart(*ask(out, images(3)), *ask(file, images(3))) <= ROUND_OFF
     with pytest.raises(Exception, match="Got: 2 Expected: 3"):
         ask(out, images(2))
@@ -250,11 +287,12 @@ def spoil(path: Path, what: Callable[[onnx.ModelProto], None]) -> Path:
     return out
 
 
-def nudge(name: str) -> Callable[[onnx.ModelProto], None]:
+def nudge(name: str, *, share: float = 0) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         tensor = next(t for t in model.graph.initializer if t.name.startswith(name))
         array = numpy_helper.to_array(tensor).copy()
-        array.ravel()[np.flatnonzero(array)[0]] *= 1 + 1e-6
+        found = np.flatnonzero(array)
+        array.ravel()[found[int(share * len(found))]] *= 1 + 1e-6
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
     return change
@@ -352,10 +390,10 @@ def test_a_foreign_block_with_residual_and_constant_nodes(choice: str, tmp_path:
     path = foreign(tmp_path / "f.onnx", *nodes, **shapes, gamma=(1, 4, 1, 1))
     lowered = check_foreign(path, choice)
     assert [site.name for site in lowered.sites] == ["d0", "d1"]
-    assert lowered.chains == (choice == "dense")
+    assert lowered.chains == (choice in CHAINED)
     left = operators(tmp_path / "lowered.onnx")
     assert left.count("Constant") == (2 if choice == "none" else 0)
-    if choice == "dense":
+    if choice in CHAINED:
         assert left.count("Transpose") == 2
         assert left.count("Gemm") == 4
 
@@ -372,7 +410,7 @@ def test_a_foreign_pair_of_long_kernels(choice: str, tmp_path: Path) -> None:
     )  # fmt: skip
     lowered = check_foreign(path, choice)
     assert [site.taps for site in lowered.sites] == [(17, 5), (5, 19)]
-    assert lowered.chains == (choice == "dense")
+    assert lowered.chains == (choice in CHAINED)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -392,6 +430,32 @@ def test_convolutions_that_share_a_weight_share_what_it_becomes(choice: str, tmp
     grown = {name for name in tensors if name.startswith("w.")}
     assert len(grown) == (1 if choice == "none" else 2)
     assert ("w" in tensors) is (choice == "none")
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
+@pytest.mark.parametrize("choice", ["grouped", "dense", "strip"])
+def test_nodes_of_one_name_are_told_apart(choice: str, merge: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Two of one name, one whose result has that name, one without a name, and one named after a part of another."""
+    names = {"c": "a", "c ": "c", "d/Conv": "e", "": "d", "e/Conv": "y"}
+    nodes, x = [], "x"
+    for name, y in names.items():
+        nodes.append(conv(x, y, name=name.strip(), w=f"w{y}", b="b", pads=[7, 3, 7, 3]))
+        x = y
+    path = foreign(tmp_path / "f.onnx", *nodes, **{f"w{y}": (4, 1, 15, 7) for y in names.values()}, b=(4,))
+    found = lower.find(path)
+    assert [site.name for site in found] == ["a", "c", "d/Conv", "d", "e/Conv"]
+    wanted = iter([choice, "none", choice, choice, choice])
+    forms = {site.name: next(wanted) for site in found}
+    out = tmp_path / "out.onnx"
+    lowered = lower.lower_graph(path, out, lambda site: forms[site.name], channel_major=merge)
+    assert {site.name: site.choice for site in lowered.sites} == forms
+    errors = check_sites(path, out)
+    assert len(errors) == 4
+    assert max(errors.values()) <= EXACT
+    nameless = spoil(path, lambda model: [node.ClearField("name") for node in model.graph.node])  # or nobody opens it
+    assert apart(*ask(out, images(3, (9, 10), 4)), *ask(nameless, images(3, (9, 10), 4))) <= ROUND_OFF
+    errors = check_sites(path, spoil(out, nudge(f"wd.{choice}", share=0.6)))
+    assert [name for name, error in errors.items() if error > EXACT] == ["d"]
 
 
 @pytest.mark.parametrize("choice", ["grouped", "dense", "strip"])

@@ -209,6 +209,14 @@ def test_what_was_lowered_is_taken_again_until_the_plan_changes(run: Path, monke
         lowered_now(run, "auto")
 
 
+def test_times_of_a_gpu_are_for_backends_that_use_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering_.cuda, "facts", lambda: {"gpu": "one of ours"})
+    for there, device in ((True, "one of ours"), (False, "cpu")):
+        monkeypatch.setattr(lowering_.cuda, "available", lambda there=there: there)
+        found = {name: lowering_._device(backends.find(name)) for name in ("ort-cpu", "openvino", "ort-cuda", "torch")}
+        assert found == {"ort-cpu": "cpu", "openvino": "cpu", "ort-cuda": device, "torch": device}
+
+
 def test_auto_knows_nothing_changes_nothing_and_says_so(run: Path) -> None:
     done = ask("lower")
     assert done.exit_code == 0, done.output
@@ -265,6 +273,25 @@ def test_a_file_of_somebody_else_is_judged_by_what_it_was(in_empty_folder: Path)
     x = np.random.default_rng(0).standard_normal((2, 3, 9, 10), dtype=np.float32)
     with OrtCpu(Path("f.onnx")) as before, OrtCpu(Path("f.grouped.onnx")) as after:
         np.testing.assert_allclose(after.run(x)["y"], before.run(x)["y"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_file_of_somebody_else_may_take_other_than_three_channels(channels: int) -> None:
+    shape, w = ("n", channels, 9, 10), (channels, 1, 13, 13)
+    foreign(Path("f.onnx"), conv("x", "y", name="c", group=channels), shape=shape, w=w)
+    made = pipeline.lower(Path("f.onnx"), form="grouped", max_growth=10)
+    assert (made.verdict.state, made.lowered.changed) == ("provisional", True)
+    timed = pipeline.bench(
+        Path("f.onnx"), backends=("ort-cpu",), forms=("none",), max_seconds=0.01, allow_unverified=True
+    )
+    assert [row.facts["lowering"] for row in timed.bench.rows] == ["none"]
+    model = onnx.load(made.file)
+    del model.metadata_props[:]
+    weight = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight)[::-1], weight.name))
+    onnx.save(model, "wrong.onnx")
+    assert pipeline.verify(Path("wrong.onnx"), Path("f.onnx")).state == "rejected"
 
 
 def test_a_file_that_nothing_vouches_for_vouches_for_nothing(run: Path) -> None:
@@ -534,6 +561,45 @@ def test_an_engine_is_built_of_the_lowered_file_and_kept(run: Path, copier: type
     assert (made.source_sha256, made.header.lowered) == (files.sha256(lowered), ALL_GROUPED)
     built = pipeline.build(run, backend=copier.name, form="none")
     assert (copier.builds, built.sidecar.source, built.sidecar.header.lowered) == (2, "model.fp32.onnx", "")
+
+
+def test_bench_times_an_engine_as_the_form_that_it_holds_and_as_no_other(
+    run: Path, copier: type[test_build.Copier]
+) -> None:
+    know(run, runtime=copier.name)
+
+    def bench(*forms: str) -> tuple[list[str], set[str]]:
+        done = pipeline.bench(run, backends=(copier.name,), forms=forms, max_seconds=0.01, root=run.parent)
+        return [row.facts["lowering"] for row in done.bench.rows], set(done.bench.failures)
+
+    assert bench("none") == (["none"], set()), "built as asked"
+    assert bench("auto") == (["none"], set()), "taken as it is"
+    with pytest.raises(ReplkError, match="copy was built with large convolutions as none, not as grouped") as caught:
+        bench("grouped")
+    assert f"replk build --backend {copier.name} --lower grouped" in caught.value.remedy
+    pipeline.build(run, backend=copier.name, form="grouped")
+    assert bench("grouped") == ([ALL_GROUPED], set())
+    assert bench("auto", "none", "dense") == ([ALL_GROUPED], {f"{copier.name} --lower {f}" for f in ("none", "dense")})
+    assert copier.builds == 2
+    with pytest.raises(ReplkError, match="as grouped 2 of 2, not as none"):
+        pipeline.bench(run / copier.name / "model.fp32.copy", backends=(copier.name,), forms=("none",))
+
+
+def test_without_a_proof_of_the_engine_the_lowered_file_has_none_either(
+    run: Path, copier: type[test_build.Copier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("prove_file", "prove_graphs", "prove_backend", "prove_by_graph"):
+        monkeypatch.setattr(lowering_.proving, name, lambda *_a, **_k: pytest.fail("it was judged"))
+    name = "lowered/model.fp32.grouped.onnx"
+    built = pipeline.build(run, backend=copier.name, form="grouped", prove=False)
+    assert (built.verdict.state, built.sidecar.header.lowered) == ("unverified", ALL_GROUPED)
+    assert Workspace.open(run).entry(name).verdict.state == "unverified"
+    monkeypatch.undo()
+    monkeypatch.setitem(backends.BACKENDS, test_build.NAME, f"{test_build.__name__}:Copier")
+    assert pipeline.build(run, backend=copier.name, form="grouped").verdict.state == "pass"
+    assert Workspace.open(run).entry(name).verdict.state == "pass", "what nobody judged is judged before it is used"
+    again = pipeline.build(run, backend=copier.name, form="grouped", prove=False)
+    assert (again.verdict.state, Workspace.open(run).entry(name).verdict.state) == ("unverified", "pass")
 
 
 def test_a_file_that_nothing_vouches_for_is_not_built_because_it_was_lowered(

@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from replk_deploy.errors import ReplkError
-from replk_deploy.lowerings import LOWERINGS, base, dense, grouped, strip
+from replk_deploy.forms import AUTO, FORMS
+from replk_deploy.lowerings import LOWERINGS, NONE, base, dense, grouped, strip
 from replk_deploy.lowerings.base import LargeConv, Lowering, Writer, crop
 
 EXACT = 1e-12
@@ -264,3 +265,4 @@ def test_what_no_file_holds_is_refused(lowering: type[Lowering]) -> None:
 def test_the_registry_is_keyed_by_name() -> None:
     assert {name: low.name for name, low in LOWERINGS.items()} == {n: n for n in LOWERINGS}
     assert list(LOWERINGS) == ["grouped", "dense", "strip"]
+    assert (AUTO, NONE, *LOWERINGS) == FORMS, "commands take these"

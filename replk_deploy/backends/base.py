@@ -134,7 +134,8 @@ class Backend(abc.ABC):
         takes: which file of a run it starts from.
         precisions: what it can execute.
         honours: the settings that mean something to it.
-        input: one image batch, [N, 3, H, W] floating or [N, H, W, 3] uint8.
+        cpu_only: whether it leaves a GPU alone, where there is one.
+        input: one image batch, [N, C, H, W] floating or [N, H, W, C] uint8; C is 3 for networks of ours.
         outputs: names, in order.
         precision: that of the open artefact.
         batches: the ranges that it was built for; none where any number fits `input`.
@@ -146,6 +147,7 @@ class Backend(abc.ABC):
     takes: ClassVar[Literal["weights", "onnx"]]
     precisions: ClassVar[frozenset[Precision]]
     honours: ClassVar[frozenset[str]] = frozenset()
+    cpu_only: ClassVar[bool] = False
     input: TensorSpec
     outputs: tuple[str, ...]
     precision: Precision

@@ -35,6 +35,7 @@ class OpenVino(Backend):
     """An ONNX file, ours or any other with one image input, on OpenVINO's CPU plugin."""
 
     name: ClassVar[str] = "openvino"
+    cpu_only: ClassVar[bool] = True
     takes: ClassVar[Literal["weights", "onnx"]] = "onnx"
     precisions: ClassVar[frozenset[Precision]] = frozenset({"fp32", "tf32", "fp16"})
 

@@ -81,6 +81,7 @@ class OrtCpu(OrtRuntime):
     """An ONNX file, ours or any other with one image input, on ONNX Runtime's CPU provider."""
 
     name: ClassVar[str] = "ort-cpu"
+    cpu_only: ClassVar[bool] = True
     precisions: ClassVar[frozenset[Precision]] = frozenset({"fp32", "tf32", "fp16"})
     provider: ClassVar[str] = "CPUExecutionProvider"
 

@@ -14,9 +14,10 @@ A tap further from the centre than the map is wide meets nothing but padding: `c
 
 import abc
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -149,9 +150,60 @@ class Lowering(abc.ABC):
         """Write the same as standard ONNX operators, for any batch, and return the last value."""
 
 
+class Layout(NamedTuple):
+    """An order of activations with the channels outermost, flattened to [C, rest].
+
+    Attributes:
+        suffix: of the name of a value that lies so.
+        axes: of [N, C, H, W], in the order in which they lie.
+    """
+
+    suffix: str
+    axes: tuple[int, int, int, int]
+
+    @property
+    def back(self) -> list[int]:
+        """Return the axes of this order in that of [N, C, H, W]."""
+        return [self.axes.index(axis) for axis in range(4)]
+
+    def shape(self, volume: tuple[int, int, int]) -> list[int]:
+        """Return channels, height and width in this order, and -1 for the images."""
+        return [(-1, *volume)[axis] for axis in self.axes]
+
+
+BY_IMAGE = Layout(".cnhw", (1, 0, 2, 3))
+BY_ROW = Layout(".chnw", (1, 2, 0, 3))
+LAYOUTS = (BY_IMAGE, BY_ROW)
+
+
+class ChannelMajor(Lowering):
+    """A rewrite that needs no transposition where activations lie channel by channel."""
+
+    layout: ClassVar[Layout]
+
+    @classmethod
+    @abc.abstractmethod
+    def flat(cls, site: LargeConv, write: "Writer", x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """Write it on [C, rest] in its layout, for any batch, and return the last value, which lies alike."""
+
+
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Return what a value always is: an initializer or the result of a Constant node; None for every other."""
     return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def name_apart(graph: ir.Graph) -> None:
+    """Give each node without a name, or with that of another, the name of its first result, in place."""
+    counts = Counter(node.name for node in graph)
+    alone = {name for name, count in counts.items() if name and count == 1}
+    taken = set(alone)
+    for node in graph:
+        if node.name not in alone:
+            name = str(node.outputs[0].name) if node.outputs and node.outputs[0].name else node.op_type
+            while name in taken:
+                name = f"{name}'"
+            taken.add(name)
+            node.name = name
 
 
 def lengths(value: ir.Value | None) -> list[int | None] | None:

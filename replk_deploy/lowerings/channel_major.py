@@ -1,37 +1,50 @@
-"""Stretches of a graph that stay channel by channel: [C, N·H·W] instead of [N, C, H, W].
+"""Stretches of a graph that stay channel by channel: [C, rest] instead of [N, C, H, W].
 
-Dense rewrites work on [C, N, H·W]. Between two of them a network does what does not care about layout
-(ReLU, GELU, sums) and 1x1 convolutions, which are one matrix product W[Co, Ci] · X[Ci, N·H·W] there, for
-any batch. So a whole stretch keeps it, and only its borders transpose.
+Dense rewrites work on [C, N, H·W], grouped ones on [C, H, N, W]. Between two of them a network does what does
+not care about layout (ReLU, GELU, sums) and 1x1 convolutions, which are one matrix product
+W[Co, Ci] · X[Ci, N·H·W] in either order, for any batch. So a whole stretch keeps the one that most of its
+rewrites want: only its borders transpose, and rewrites that want the other.
 """
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import onnx_ir as ir
 
-from replk_deploy.lowerings.base import LargeConv, Writer, constant_of, lengths
-from replk_deploy.lowerings.dense import Dense
+from replk_deploy.lowerings.base import ChannelMajor, LargeConv, Layout, Writer, constant_of, lengths
 
-SUFFIX = ".channel_major"  # of the name of a value in that layout
-FEWEST = 2  # dense rewrites that make a stretch worth its borders
+SUFFIX = ".channel_major"  # of the name of a constant in the shape that it has there
+FEWEST = 2  # rewrites that make a stretch worth its borders
 POINTWISE = {
     *("Relu", "Gelu", "Erf", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Softplus"),
     *("Clip", "Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Identity"),
 }
 
-Operands = tuple[LargeConv, ir.Value, ir.Value | None]
+
+class Place(NamedTuple):
+    """A large convolution in a stretch, and what it becomes."""
+
+    form: type[ChannelMajor]
+    site: LargeConv
+    weight: ir.Value
+    bias: ir.Value | None
+
+    @property
+    def volume(self) -> tuple[int, int, int]:
+        """Return channels, height and width."""
+        return self.site.channels, *self.site.map
 
 
-def chains(graph: ir.Graph, dense: Collection[ir.Node]) -> list[list[ir.Node]]:
-    """Find the stretches of nodes that can share the layout and hang together, each in the order of the graph.
+def chains(graph: ir.Graph, large: Collection[ir.Node]) -> list[list[ir.Node]]:
+    """Find the stretches of nodes that can share a layout and hang together, each in the order of the graph.
 
     Args:
         graph: with the shapes of its values.
-        dense: the convolutions that become dense rewrites.
+        large: the convolutions whose rewrites work in one.
 
     Returns:
-        Those with two dense rewrites or more; no node and no value is in two.
+        Those with two of these or more; no node and no value is in two.
     """
     leader: dict[object, object] = {}
 
@@ -40,40 +53,41 @@ def chains(graph: ir.Graph, dense: Collection[ir.Node]) -> list[list[ir.Node]]:
             of = leader[of]
         return of
 
-    fit = [node for node in graph if node in dense or _is_1x1(node) or _is_pointwise(node)]
+    fit = [node for node in graph if node in large or _is_1x1(node) or _is_pointwise(node)]
     for node in fit:
         for value in (*_activations(node), node.outputs[0]):
             leader[root(value)] = root(node)
     found: dict[object, list[ir.Node]] = {}
     for node in fit:
         found.setdefault(root(node), []).append(node)
-    return [nodes for nodes in found.values() if sum(node in dense for node in nodes) >= FEWEST]
+    return [nodes for nodes in found.values() if sum(node in large for node in nodes) >= FEWEST]
 
 
-def rewrite(graph: ir.Graph, chain: Sequence[ir.Node], dense: Mapping[ir.Node, Operands]) -> None:
-    """Put one stretch into the layout, and transpose where values come in and go out.
+def rewrite(graph: ir.Graph, chain: Sequence[ir.Node], large: Mapping[ir.Node, Place]) -> None:
+    """Put one stretch into the layout that suits it, and transpose where values come in and go out.
 
     Args:
         graph: changed in place.
         chain: as `chains` found it.
-        dense: site, weight and bias of each dense rewrite in it.
+        large: what each large convolution in it becomes.
     """
+    layout = _layout(large.values())
     inside, turned = set(chain), dict[ir.Value, ir.Value]()
     for node in chain:
-        write, old = Writer(node.name or str(node.outputs[0].name)), node.outputs[0]
+        write, old = Writer(str(node.name)), node.outputs[0]
         for value in _activations(node):
             if value not in turned:
-                turned[value] = _enter(write, value)
-        if node in dense:
-            turned[old] = _dense(write, turned[_activations(node)[0]], *dense[node])
+                turned[value] = _enter(write, value, layout)
+        if node in large:
+            turned[old] = _large(write, turned[_activations(node)[0]], layout, large[node])
         elif node.op_type == "Conv":
             turned[old] = _product(graph, write, node, turned)
         else:
             turned[old] = _pointwise(graph, write, node, turned)
-        turned[old].name = f"{old.name}{SUFFIX}"
+        turned[old].name = f"{old.name}{layout.suffix}"
         readers = [(user, index) for user, index in old.uses() if user not in inside]
         if readers or old.is_graph_output():
-            left = _leave(write, turned[old], old)
+            left = _leave(write, turned[old], old, layout)
             for user, index in readers:
                 user.replace_input_with(index, left)
             for index, output in enumerate(graph.outputs):
@@ -83,6 +97,14 @@ def rewrite(graph: ir.Graph, chain: Sequence[ir.Node], dense: Mapping[ir.Node, O
             graph.register_initializer(constant)
         graph.insert_before(node, write.nodes)
     graph.remove(chain, safe=True)
+
+
+def _layout(places: Iterable[Place]) -> Layout:
+    """Return the layout in which the fewest channels are transposed."""
+    wanted: Counter[Layout] = Counter()
+    for place in places:
+        wanted[place.form.layout] += place.site.channels
+    return wanted.most_common(1)[0][0]
 
 
 def _volume(value: ir.Value | None) -> tuple[int, int, int] | None:
@@ -151,27 +173,31 @@ def _constant(graph: ir.Graph, value: ir.Value, shape: tuple[int, ...]) -> ir.Va
     return graph.initializers[name]
 
 
-def _enter(write: Writer, value: ir.Value) -> ir.Value:
-    volume = _volume(value)
-    assert volume is not None  # noqa: S101  # or its reader would not be in a chain
-    planes = write.reshape(value, 0, volume[0], volume[1] * volume[2])
-    made = write.reshape(write.op("Transpose", planes, perm=[1, 0, 2]), 0, -1)
-    made.name = f"{value.name}{SUFFIX}"
+def _enter(write: Writer, value: ir.Value, layout: Layout) -> ir.Value:
+    made = write.reshape(write.op("Transpose", value, perm=layout.axes), 0, -1)
+    made.name = f"{value.name}{layout.suffix}"
     return made
 
 
-def _leave(write: Writer, value: ir.Value, old: ir.Value) -> ir.Value:
+def _leave(write: Writer, value: ir.Value, old: ir.Value, layout: Layout) -> ir.Value:
     volume = _volume(old)
     assert volume is not None  # noqa: S101  # or its maker would not be in a chain
-    planes = write.reshape(value, volume[0], -1, volume[1] * volume[2])
-    left = write.reshape(write.op("Transpose", planes, perm=[1, 0, 2]), 0, *volume)
+    left = write.op("Transpose", write.reshape(value, *layout.shape(volume)), perm=layout.back)
     left.name, left.shape, left.type = old.name, old.shape, old.type
     return left
 
 
-def _dense(write: Writer, x: ir.Value, site: LargeConv, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-    planes = write.reshape(x, site.channels, -1, math.prod(site.map))
-    return write.reshape(Dense.product(write, planes, weight, bias), 0, -1)
+def _large(write: Writer, x: ir.Value, layout: Layout, place: Place) -> ir.Value:
+    own = place.form.layout
+    y = place.form.flat(place.site, write, _turn(write, x, layout, own, place), place.weight, place.bias)
+    return _turn(write, y, own, layout, place)
+
+
+def _turn(write: Writer, x: ir.Value, was: Layout, wanted: Layout, place: Place) -> ir.Value:
+    if was == wanted:
+        return x
+    perm = [was.axes.index(axis) for axis in wanted.axes]
+    return write.reshape(write.op("Transpose", write.reshape(x, *was.shape(place.volume)), perm=perm), 0, -1)
 
 
 def _product(graph: ir.Graph, write: Writer, node: ir.Node, turned: Mapping[ir.Value, ir.Value]) -> ir.Value:

@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from replk_deploy import graph
 from replk_deploy.errors import MismatchError
-from replk_deploy.lowerings.base import constant_of, lengths
-from replk_deploy.lowerings.channel_major import SUFFIX
+from replk_deploy.lowerings.base import LAYOUTS, Layout, constant_of, lengths, name_apart
 
 IMAGES = 2
 DOUBT = "the lowered file is not one of the original: lower it again"
@@ -35,14 +34,14 @@ def check_sites(before: Path, after: Path, *, seed: int = 0) -> dict[str, float]
     """
     first, second = (ir.from_proto(graph.load(path)) for path in (before, after))
     ShapeInferencePass(check_type=False, strict_mode=False)(first)
+    name_apart(first.graph)
     made = {str(value.name): value for node in second.graph for value in node.outputs}
     errors = {}
     for node in first.graph:
         if node.op_type == "Conv" and not node.domain and constant_of(node.inputs[1]) is not None:
-            name, output = node.name or str(node.outputs[0].name), str(node.outputs[0].name)
-            turned, result = made.get(output + SUFFIX), made.get(output)
-            if turned is not None and _stands_for(turned.producer(), name):
-                result = turned
+            name, output = str(node.name), str(node.outputs[0].name)
+            turned = [made[output + layout.suffix] for layout in LAYOUTS if output + layout.suffix in made]
+            result = next((value for value in turned if _stands_for(value.producer(), name)), made.get(output))
             if result is None:
                 raise MismatchError(f"{name} is not in {after}", DOUBT)
             if not _same(node, result.producer()):
@@ -52,7 +51,7 @@ def check_sites(before: Path, after: Path, *, seed: int = 0) -> dict[str, float]
 
 def _stands_for(node: ir.Node | None, name: str) -> bool:
     """Tell whether a node is part of what the convolution of that name became."""
-    return node is not None and str(node.name).startswith(f"{name}/")
+    return node is not None and str(node.name).rpartition("/")[0] == name
 
 
 def _same(node: ir.Node, other: ir.Node | None) -> bool:
@@ -73,14 +72,20 @@ def _error(node: ir.Node, name: str, result: ir.Value, generator: torch.Generato
             raise MismatchError(f"{name} was rewritten for a map of unknown size, {shape}", DOUBT)
     entry = _entry(name, result)
     wanted = _operator(node, [x, *map(_constant, node.inputs[1:])])
-    given = x.transpose(0, 1).flatten(1) if str(entry.name).endswith(SUFFIX) else x
-    got = _value(result, {entry: given})
-    if str(result.name).endswith(SUFFIX):
-        got = got.reshape(wanted.shape[1], IMAGES, *wanted.shape[2:]).transpose(0, 1)
+    layout = _layout(entry)
+    got = _value(result, {entry: x.permute(layout.axes).flatten(1) if layout else x})
+    layout = _layout(result)
+    if layout:
+        got = got.reshape([wanted.shape[axis] for axis in layout.axes]).permute(layout.back)
     if got.shape != wanted.shape:
         raise MismatchError(f"{name} gives {tuple(got.shape)} instead of {tuple(wanted.shape)}", DOUBT)
     off, size = (of.flatten(2).norm(dim=2) for of in (got - wanted, wanted))
     return float(torch.where(off == 0, 0, off / size).max())
+
+
+def _layout(value: ir.Value) -> Layout | None:
+    """Return the layout that the name of a value states."""
+    return next((layout for layout in LAYOUTS if str(value.name).endswith(layout.suffix)), None)
 
 
 def _entry(name: str, result: ir.Value) -> ir.Value:

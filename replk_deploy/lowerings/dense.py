@@ -13,14 +13,15 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from replk_deploy.lowerings.base import Array, LargeConv, Lowering, Writer, centre
+from replk_deploy.lowerings.base import BY_IMAGE, Array, ChannelMajor, LargeConv, Layout, Writer, centre
 
 
 @final
-class Dense(Lowering):
+class Dense(ChannelMajor):
     """Identity B: weight [C, H·W, H·W], input by output."""
 
     name: ClassVar[str] = "dense"
+    layout: ClassVar[Layout] = BY_IMAGE
 
     @classmethod
     def shape(cls, site: LargeConv) -> tuple[int, ...]:
@@ -58,11 +59,17 @@ class Dense(Lowering):
         """Write Reshape, Transpose, the product, Transpose, Reshape."""
         high, wide = site.map
         planes = write.op("Transpose", write.reshape(x, 0, site.channels, high * wide), perm=[1, 0, 2])
-        y = cls.product(write, planes, weight, bias)
+        y = cls._product(write, planes, weight, bias)
         return write.reshape(write.op("Transpose", y, perm=[1, 0, 2]), 0, site.channels, high, wide)
 
     @classmethod
-    def product(cls, write: Writer, planes: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-        """Write what is between the transpositions: MatMul and Add on [C, N, H·W]."""
+    def flat(cls, site: LargeConv, write: Writer, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """Write Reshape, the product, Reshape."""
+        planes = write.reshape(x, site.channels, -1, math.prod(site.map))
+        return write.reshape(cls._product(write, planes, weight, bias), 0, -1)
+
+    @classmethod
+    def _product(cls, write: Writer, planes: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """Write MatMul and Add on [C, N, H·W]."""
         y = write.op("MatMul", planes, weight)
         return y if bias is None else write.op("Add", y, bias)

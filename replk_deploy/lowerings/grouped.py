@@ -3,6 +3,9 @@
 With x viewed as [N, C·H, 1, W], which moves nothing, a convolution in C groups with a 1 x k kernel mixes
 the H rows of a channel as it likes. T[c·H+o, i, 0, s] = w[c, i−o+P, s] makes it the one that is wanted.
 H must be known; it executes H·k multiply-adds an output instead of K·k.
+
+Nothing runs down that map of one row, so rows of many images may stand in it: [C, H, N, W] is
+[1, C·H, N, W] without moving anything, and the same convolution computes them all.
 """
 
 from typing import ClassVar, final
@@ -13,14 +16,15 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.nn import functional
 
-from replk_deploy.lowerings.base import Array, LargeConv, Lowering, Writer, centre
+from replk_deploy.lowerings.base import BY_ROW, Array, ChannelMajor, LargeConv, Layout, Writer, centre
 
 
 @final
-class Grouped(Lowering):
+class Grouped(ChannelMajor):
     """Identity A: weight [C·H, H, 1, k]."""
 
     name: ClassVar[str] = "grouped"
+    layout: ClassVar[Layout] = BY_ROW
 
     @classmethod
     def shape(cls, site: LargeConv) -> tuple[int, ...]:
@@ -58,14 +62,28 @@ class Grouped(Lowering):
     def nodes(cls, site: LargeConv, write: Writer, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         """Write Reshape, Conv, Reshape."""
         high, wide = site.map
+        rows = write.reshape(x, 0, site.channels * high, 1, wide)
+        return write.reshape(cls._convolved(site, write, rows, weight, bias), 0, site.channels, high, wide)
+
+    @classmethod
+    def flat(cls, site: LargeConv, write: Writer, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """Write Reshape, Conv, Reshape; the images are the height of the one map."""
+        high, wide = site.map
+        rows = write.reshape(x, 1, site.channels * high, -1, wide)
+        return write.reshape(cls._convolved(site, write, rows, weight, bias), site.channels, -1)
+
+    @classmethod
+    def _convolved(
+        cls, site: LargeConv, write: Writer, rows: ir.Value, weight: ir.Value, bias: ir.Value | None
+    ) -> ir.Value:
+        """Write the convolution of [·, C·H, ·, W]."""
         side = site.padding[1]
-        y = write.op(
+        return write.op(
             "Conv",
-            write.reshape(x, 0, site.channels * high, 1, wide),
+            rows,
             weight,
             *([] if bias is None else [bias]),
             group=site.channels,
             kernel_shape=[1, site.taps[1]],
             pads=[0, side, 0, side],
         )
-        return write.reshape(y, 0, site.channels, high, wide)

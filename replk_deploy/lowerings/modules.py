@@ -1,6 +1,6 @@
 """Large depthwise convolutions of a network of PyTorch, and the same network with them in other forms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,11 +48,16 @@ def rewritten(network: Network, size: tuple[int, int], forms: Mapping[str, str])
 
     The network given stays as it was; the new one shares with it what is not rewritten.
     """
+    return replaced(network, candidates(network, size), forms) if forms else network
+
+
+def replaced(network: Network, places: Iterable[Candidate], forms: Mapping[str, str]) -> Network:
+    """Do the same at places that were found before."""
     if not forms:
         return network
     twin = type(network).empty(network.geometry, network.form)
     twin.load_state_dict(network.state_dict(), assign=True)
-    for place in candidates(network, size):
+    for place in places:
         if place.name in forms and place.map is not None:
             site = LargeConv(name=place.name, channels=place.channels, kernel=place.kernel, map=place.map)
             twin.set_submodule(place.name, _module(site, forms[place.name], network.get_submodule(place.name)))

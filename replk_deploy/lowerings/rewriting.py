@@ -11,8 +11,18 @@ import numpy as np
 import onnx_ir as ir
 
 from replk_deploy.lowerings import LOWERINGS, channel_major
-from replk_deploy.lowerings.base import Array, Candidate, LargeConv, Writer, constant_of, crop, lengths
-from replk_deploy.lowerings.dense import Dense
+from replk_deploy.lowerings.base import (
+    Array,
+    Candidate,
+    ChannelMajor,
+    LargeConv,
+    Lowering,
+    Writer,
+    constant_of,
+    crop,
+    lengths,
+)
+from replk_deploy.lowerings.channel_major import Place
 
 OPSET = 13  # from which on the operators of all rewrites take every floating type
 MAP = 2  # where height and width of [N, C, H, W] begin
@@ -42,12 +52,13 @@ def rewrite(graph: ir.Graph, jobs: Sequence[Job], *, merge: bool) -> int:
     Args:
         graph: changed in place.
         jobs: convolutions with constant weights.
-        merge: let dense rewrites that follow each other keep one layout.
+        merge: let rewrites that follow each other keep one layout.
 
     Returns:
         How many chains of nodes share that layout now.
     """
-    chains = channel_major.chains(graph, {j.node for j in jobs if j.choice == Dense.name}) if merge else []
+    able = {job.node: form for job in jobs if (form := _form(job)) and issubclass(form, ChannelMajor)}
+    chains = channel_major.chains(graph, able) if merge else []
     chained = {node for chain in chains for node in chain}
     changed = dict.fromkeys([*(job.node for job in jobs), *(node for chain in chains for node in chain)])
     replaced = [value for node in changed for value in node.inputs if constant_of(value) is not None]
@@ -60,9 +71,14 @@ def rewrite(graph: ir.Graph, jobs: Sequence[Job], *, merge: bool) -> int:
             _replace(graph, job.node, write, _nodes(write, job, operands[job.node]))
     sites = {job.node: job.site for job in jobs}
     for chain in chains:
-        channel_major.rewrite(graph, chain, {n: (sites[n], *operands[n]) for n in chain if n in operands})
+        places = {n: Place(able[n], sites[n], *operands[n]) for n in chain if n in able}
+        channel_major.rewrite(graph, chain, places)
     _forget(graph, replaced)
     return len(chains)
+
+
+def _form(job: Job) -> type[Lowering] | None:
+    return None if job.choice is None else LOWERINGS[job.choice]
 
 
 def _candidate(node: ir.Node, opset: int) -> Candidate | None:
@@ -87,7 +103,7 @@ def _candidate(node: ir.Node, opset: int) -> Candidate | None:
     sizes = lengths(node.inputs[0]) or []
     rows, columns = sizes[MAP:] if len(sizes) == 2 * MAP else (None, None)
     return Candidate(
-        name=node.name or str(node.outputs[0].name),
+        name=str(node.name),
         channels=channels,
         kernel=(high, wide),
         map=None if rows is None or columns is None else (rows, columns),

@@ -16,17 +16,18 @@ from replk_deploy import backends as runtimes
 from replk_deploy import bench as benching
 from replk_deploy import files, records, sources
 from replk_deploy import proof as proving
-from replk_deploy.backends import cuda
+from replk_deploy.backends import cuda, sidecar
 from replk_deploy.backends.base import Array, Backend, Engine, Launch, Settings
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.bench import Bench
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError, UnavailableError
+from replk_deploy.forms import AUTO, Form
 from replk_deploy.lanes import Contestant
-from replk_deploy.lowerings import NONE
+from replk_deploy.lowerings import LOWERINGS, NONE
 from replk_deploy.measurement import row_name
 from replk_deploy.metadata import Metadata
 from replk_deploy.pipeline import building, lowering, racing
-from replk_deploy.pipeline.lowering import AUTO, Form, Plan, Survey
+from replk_deploy.pipeline.lowering import Plan, Survey
 from replk_deploy.precision import TOLERANCES, Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle
@@ -137,7 +138,9 @@ def bench(
         for kind in kinds.values():
             sources.check_kind(single, kind, sources.opens(kind))
     with contextlib.ExitStack() as opened:
-        own = _runners(kinds, run, single, precision, batches, allow_unverified=allow_unverified, progress=progress)
+        own = _runners(
+            kinds, run, single, precision, batches, forms[0], allow_unverified=allow_unverified, progress=progress
+        )
         runners = list(own)
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         for baseline in baselines:
@@ -291,13 +294,17 @@ def _runners(
     single: Path | None,
     precision: Precision | None,
     batches: Sequence[int],
+    form: Form,
     *,
     allow_unverified: bool,
     progress: Progress,
 ) -> list[_Runner]:
+    """Return a runner for each backend; `form` is for engines that have to be built."""
     oracle, found = sources.oracle_of(run, single), []
     for kind in kinds.values():
-        path = single or building.needed(run, kind, precision, progress, any_verdict=allow_unverified, batches=batches)
+        path = single or building.needed(
+            run, kind, precision, progress, any_verdict=allow_unverified, batches=batches, form=form
+        )
         metadata = sources.vouched(path, allow_unverified=allow_unverified)
         verdict: Literal["pass", "unverified"] = (
             "unverified" if allow_unverified and not sources.sound(path) else "pass"
@@ -318,10 +325,15 @@ def _lowered(
 ) -> Iterator[_Runner]:
     """Yield a runner in each form that was asked for; batches that take the same forms stay together.
 
-    Where it is timed both as it is and lowered, the lowered rows are told apart by their label.
+    Where it is timed both as it is and lowered, the lowered rows are told apart by their label. An engine is what it
+    was built as: it is yielded once, and a form that it is not leaves the race.
     """
     if issubclass(runner.kind, Engine):
-        yield runner
+        refused = {} if runner.label else {form: why for form in forms if (why := _otherwise(runner, form))}
+        for form, why in refused.items():
+            found.failures[f"{runner.key} --lower {form}"], found.last = str(why), why
+        if len(refused) < len(set(forms)):
+            yield runner
         return
     done = set[tuple[tuple[tuple[str, str], ...], int]]()
     for form in forms:
@@ -352,6 +364,20 @@ def _lowered(
             apart = "" if len(forms) == 1 or plan is None else LOWERED if form == AUTO else form
             label = " ".join(filter(None, (runner.label, apart)))
             yield runner._replace(label=label, path=path, plan=plan, batches=tuple(counts))
+
+
+def _otherwise(runner: _Runner, form: Form) -> ReplkError | None:
+    """Say that an engine was built with other forms than the one asked for; None when it was not, or for `auto`."""
+    said = sidecar.read(runner.path)
+    words = (runner.metadata.lowered if runner.metadata else "") or said.facts.get("lowering", NONE)
+    held = {word for word in words.replace(",", "").split() if word in LOWERINGS} or {NONE}
+    if form == AUTO or held == {form}:
+        return None
+    kind = runner.kind.name
+    return ReplkError(
+        f"{runner.path.name} was built with large convolutions as {words}, not as {form}",
+        f"build it so: replk build --backend {kind} --lower {form}, or leave it as it is: --lower auto",
+    )
 
 
 def _baseline(name: str, beside: _Runner, folder: Path, progress: Progress) -> _Runner:

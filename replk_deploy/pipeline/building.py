@@ -17,9 +17,9 @@ from replk_deploy.backends.base import Backend, Engine, Recipe
 from replk_deploy.backends.sidecar import Sidecar
 from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
+from replk_deploy.forms import AUTO, Form
 from replk_deploy.metadata import Verdict
 from replk_deploy.pipeline import entries, exporting, lowering
-from replk_deploy.pipeline.lowering import AUTO, Form
 from replk_deploy.precision import Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof
@@ -73,8 +73,11 @@ def build(
     recipe, name = recipe or Recipe(), engine_name(kind, source)
     with tempfile.TemporaryDirectory() as folder:
         if refit is None:
-            _doubt(source, allow_unverified=allow_unverified)  # the lowered file has a verdict of its own
-            source, recipe = _lowered(source, kind, run, recipe, form, Path(folder), oracle, root, progress)
+            _doubt(source, allow_unverified=allow_unverified)  # the lowered file has a verdict of its own, or none
+            source, recipe = _lowered(
+                source, kind, run, recipe, form, Path(folder), oracle, root, progress, prove=prove
+            )
+            allow_unverified |= not prove
         return build_file(
             source,
             kind,
@@ -203,6 +206,8 @@ def _lowered(
     oracle: Oracle | None,
     root: Path,
     progress: Progress,
+    *,
+    prove: bool = True,
 ) -> tuple[Path, Recipe]:
     """Return what to build from, lowered for the batch that the engine is tuned for, and how."""
     said = sources.header(source)
@@ -215,6 +220,7 @@ def _lowered(
         batch=batch,
         folder=folder,
         oracle=oracle,
+        prove=prove,
         root=root,
         progress=progress,
     )

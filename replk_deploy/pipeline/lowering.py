@@ -21,6 +21,7 @@ from replk_deploy.container import Source
 from replk_deploy.costs import Calibration, Decision, Model
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.export import LIMIT_BYTES
+from replk_deploy.forms import AUTO, Form
 from replk_deploy.lower import Lowered
 from replk_deploy.lowerings import LOWERINGS, NONE, counted
 from replk_deploy.lowerings.base import LargeConv
@@ -33,10 +34,8 @@ from replk_deploy.progress import Progress, silent
 from replk_deploy.proof import Oracle, Proof
 from replk_deploy.workspace import ROOT, Workspace
 
-Form = Literal["auto", "none", "grouped", "dense", "strip"]
-AUTO: Form = "auto"
 GROWTH = 6.0  # times the fused weights, unless told otherwise
-CHANNEL_MAJOR = frozenset({"ort-cuda"})  # runtimes that gain from keeping what lies between dense forms in their layout
+CHANNEL_MAJOR = frozenset({"ort-cuda"})  # runtimes that gain from keeping stretches of a graph channel by channel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,6 +289,7 @@ def needed(
     folder: Path,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     oracle: Oracle | None = None,
+    prove: bool = True,
     root: Path = ROOT,
     progress: Progress = silent,
 ) -> tuple[Path, Plan | None]:
@@ -305,6 +305,7 @@ def needed(
         folder: for what is not kept.
         device: where it will run, as in Settings.
         oracle: the float64 network, where it is at hand.
+        prove: whether to judge what is made; else it is unverified.
         root: folder of the runs, where a calibration of this machine may lie.
         progress: told while it is made.
 
@@ -331,10 +332,11 @@ def needed(
     if source.suffix != ".onnx":
         return source, made
     name = _name(source, made)
-    if run and run.fresh(name, {source.name: files.sha256(source)}, _options(made, prove=True)):
+    made_from = {source.name: files.sha256(source)}
+    if run and any(run.fresh(name, made_from, _options(made, prove=judged)) for judged in {True, prove}):
         return run.take(name), made
     output = None if run else folder / Path(name).name
-    done = lower_file(source, made, run, output=output, oracle=oracle, progress=progress)
+    done = lower_file(source, made, run, output=output, oracle=oracle, prove=prove, progress=progress)
     if done.verdict.state == "rejected":
         raise MismatchError(f"{done.file} was rejected: {done.verdict.why}", "do not deploy it")
     return done.file, made
@@ -481,8 +483,7 @@ def _bytes(source: Path) -> int:
 
 def _device(kind: type[Backend]) -> str:
     """Return what calibrations call the device that a backend runs on here."""
-    gpu = kind.name not in {"ort-cpu", "openvino"} and cuda.available()
-    return cuda.facts()["gpu"] if gpu else "cpu"
+    return "cpu" if kind.cpu_only or not cuda.available() else cuda.facts()["gpu"]
 
 
 def _name(source: Path, made: Plan) -> str:
@@ -497,13 +498,7 @@ def _options(made: Plan, *, prove: bool) -> Mapping[str, Any]:
 
 def _judge(source: Path, part: Path, oracle: Oracle | None, errors: Mapping[str, float], lowered: Lowered) -> Proof:
     """Judge each changed place alone and the whole graph, by the float64 network or else by what it was made from."""
-    metadata = graph.header(part)
-    if oracle is not None:
-        precision = metadata.precision if metadata else None
-        with proving.open_onnx(part, precision) as backend:
-            proof = proving.prove_backend("lower", oracle, backend, metadata, precision=precision)
-    else:
-        proof = proving.prove_graphs(source, part)
+    proof = proving.prove_file(oracle, part, edge="lower") if oracle else proving.prove_graphs(source, part)
     lost = [site.name for site in lowered.sites if site.changed and site.name not in errors]
     structure = (f"{len(lost)} changed places were not compared: {', '.join(lost[:3])}",) if lost else ()
     return dataclasses.replace(proof, edge="lower", modules=errors, structure=(*proof.structure, *structure))
