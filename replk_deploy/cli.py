@@ -267,7 +267,7 @@ def verify(
 def build(
     artefact: Artefact = None,
     *,
-    backend: Annotated[str, typer.Option(help="Runtime that opens a built file: trt, trt-rtx, aoti.")],
+    backend: Annotated[str, typer.Option(help="Runtime that opens a built file: trt, trt-rtx, aoti, native.")],
     output: Output = None,
     precision: Annotated[
         str | None, typer.Option(metavar="|".join(PRECISIONS), help="Which exported file of a run; else the newest.")

@@ -94,11 +94,10 @@ class Known(NamedTuple):
 
 def doctor(*, progress: Progress = silent) -> Doctor:
     """Look at the machine and ask every backend whether it can run; raises nothing."""
-    names = (*backends.BACKENDS, *backends.PLANNED)
     runtimes = []
-    for done, name in enumerate(names, start=1):
+    for done, name in enumerate(backends.BACKENDS, start=1):
         runtimes.append(_ask(name))
-        progress("doctor", done, len(names))
+        progress("doctor", done, len(backends.BACKENDS))
     environment, packages = _environment(), {name: machine.version(name) for name in PACKAGES}
     facts = {**packages, **environment}
     return Doctor(

@@ -52,6 +52,11 @@ def environment() -> dict[str, Fact]:
     return facts | clocks.facts(gpu_in_use()) | dict(_variables())
 
 
+def cache() -> Path:
+    """Return the user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def gpu_in_use() -> str | None:
     """Name a GPU as `clocks` takes it: the one that PyTorch uses, by its UUID; until it uses one, CUDA_VISIBLE_DEVICES.
 

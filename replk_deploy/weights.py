@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -40,6 +41,22 @@ def write(path: Path, model: Network, metadata: Metadata) -> None:
         save_file(tensors, path, metadata=metadata.to_strings())
     except SafetensorError as exc:  # a full disk, above all
         raise OSError(str(exc)) from exc
+
+
+def annotate(source: Path, path: Path, said: Mapping[str, str]) -> None:
+    """Write a weights file again with more in its header, which stands beside the metadata."""
+    try:
+        with safe_open(source, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            save_file(tensors, path, metadata={**(file.metadata() or {}), **said})
+    except SafetensorError as exc:  # a full disk, above all
+        raise OSError(str(exc)) from exc
+
+
+def notes(path: Path) -> dict[str, str]:
+    """Return all that the header of a safetensors file says."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def header(path: Path) -> Metadata | None:

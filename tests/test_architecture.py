@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"precision", "progress", "records", "files", "optional", "batch", "forms"},
     {"models", "preprocess", "onednn", "tf32", "quantiles", "clocks", "machine", "metadata"},
     {"weights", "graph", "container", "measurement"},
-    {"lowerings"},
+    {"lowerings", "kernels"},
     {"backends"},
     {
         "checkpoint",
@@ -74,7 +74,8 @@ ONLY = {  # package → the modules that may import it
     "rich": {"render"},
     "onnxruntime": {"backends/ort"},
     "openvino": {"backends/openvino"},
-    "triton": {"backends/compiler"},
+    "triton": {"backends/compiler", "kernels/matrix", "kernels/products"},
+    "cuda": {"kernels/nvrtc"},
     "tensorrt": {"backends/trt"},
     "tensorrt_rtx": {"backends/trt"},
     "timm": {"models/baselines"},

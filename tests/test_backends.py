@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from replk_deploy import backends, bench, machine
+from replk_deploy import backends, bench
 from replk_deploy.backends import cuda
 from replk_deploy.backends.base import Array, Backend, Engine, Settings
 from replk_deploy.errors import ContractError, Exit, ReplkError, UnavailableError
@@ -41,6 +41,8 @@ ON_A_GPU: list[tuple[str, Precision]] = [
     ("trt", "fp32"),
     ("trt", "fp16"),
     ("trt-rtx", "fp16"),
+    ("native", "fp16"),
+    ("native", "bf16"),
 ]
 
 
@@ -166,7 +168,7 @@ def test_facts_say_how_it_ran(backend: Backend) -> None:
 
 
 def test_layers_are_timed_or_refused_with_another_way(backend: Backend) -> None:
-    if backend.name not in {"torch", "ort-cpu", "openvino", "trt", "trt-rtx"}:
+    if backend.name not in {"torch", "ort-cpu", "openvino", "trt", "trt-rtx", "native"}:
         with pytest.raises(UnavailableError, match="profile"):
             backend.layer_times(images(3), repeats=2)
         return
@@ -192,7 +194,7 @@ def test_a_closed_backend_does_not_answer(name: str, files: Files) -> None:
 def test_a_file_that_cannot_be_taken_is_refused_with_a_remedy(
     name: str, damage: str, files: Files, tmp_path: Path
 ) -> None:
-    kind = backends.takes(name)
+    kind = backends.find(name).takes
     whole = files.file(kind, "fp32").read_bytes()
     path = tmp_path / "file"
     if damage == "a folder":
@@ -367,20 +369,6 @@ def test_the_weights_held_are_told(files: Files) -> None:
     assert found.memory_mib == {"weights": 0}
 
 
-@pytest.mark.parametrize("name", backends.PLANNED)
-def test_a_planned_backend_says_so_and_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = backends.PLANNED[name]
-    for there, words in (("1.0", "though"), (None, "and")):
-        monkeypatch.setattr(machine, "version", {planned.distribution: there}.get)
-        with pytest.raises(
-            UnavailableError, match=f"no adapter for {name} yet, {words} {planned.distribution}"
-        ) as caught:
-            backends.find(name)
-        assert f"pip install --upgrade 'replk-deploy[{planned.extra}]'" in caught.value.remedy
-        assert ", ".join(backends.BACKENDS) in caught.value.remedy
-    assert backends.takes(name) == planned.takes
-
-
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
@@ -393,8 +381,7 @@ def test_a_planned_backend_says_so_and_how_to_get_it(name: str, monkeypatch: pyt
     ],
 )
 def test_an_unknown_name_gets_the_nearest(typed: str, meant: str) -> None:
-    for ask in (backends.find, backends.takes):
-        with pytest.raises(ReplkError, match=f"did you mean {meant}") as caught:
-            ask(typed)
-        assert caught.value.code == Exit.USAGE
-        assert all(name in caught.value.remedy for name in (*backends.BACKENDS, *backends.PLANNED))
+    with pytest.raises(ReplkError, match=f"did you mean {meant}") as caught:
+        backends.find(typed)
+    assert caught.value.code == Exit.USAGE
+    assert all(name in caught.value.remedy for name in backends.BACKENDS)

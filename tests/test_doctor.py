@@ -66,7 +66,6 @@ PLANTS: dict[str, tuple[list[dict[str, object]], list[dict[str, object]]]] = {  
 @pytest.fixture(autouse=True)
 def _no_real_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "BACKENDS", {})
-    monkeypatch.setattr(backends, "PLANNED", {})
 
 
 def seen(monkeypatch: pytest.MonkeyPatch, facts: dict[str, object]) -> Doctor:
@@ -185,7 +184,7 @@ def test_it_works_where_torch_and_every_runtime_cannot_be_imported() -> None:
         "from replk_deploy import backends, doctor\n"
         "found = doctor.doctor()\n"
         "names = [b.name for b in found.backends]\n"
-        "assert names == [*backends.BACKENDS, *backends.PLANNED], names\n"
+        "assert names == [*backends.BACKENDS], names\n"
         "assert all(b.why and b.fix for b in found.backends), found.backends\n"
         "print(found.sentence)\n"
     )
@@ -199,8 +198,5 @@ def test_here_torch_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "BACKENDS", {k: v for k, v in backends.BACKENDS.items() if k in {"torch", "ort-cpu"}})
     found = doctor.doctor()
     assert found.ready == ("torch", "ort-cpu")
-    assert {b.name: b.state for b in found.backends if b.name in backends.PLANNED} == dict.fromkeys(
-        backends.PLANNED, "missing"
-    )
     assert found.packages["torch"] == found.backends[0].facts["torch"]
     assert found.environment["torch_threads"]

@@ -101,6 +101,11 @@ def place(
     return there
 
 
+def pinned(values: Tensor) -> Tensor:
+    """Return a copy in memory of the host that the GPU reads and writes by itself."""
+    return values.pin_memory()
+
+
 def clock() -> int:
     """Return host nanoseconds once the GPU is idle."""
     torch.cuda.synchronize()

@@ -180,14 +180,20 @@ def needed(
     for name in run.artefacts(sources.starts_from(kind)):
         entry = run.entry(name)
         sound = any_verdict or (entry is not None and entry.verdict.state in states)
-        fits = precision in {None, "fp32"} if name == FUSED else precision is None or f".{precision}." in name
+        fits = _precision(name) in ({precision} if precision else kind.precisions)
         if sound and fits and name != "merged.safetensors" and not name.startswith(f"{LOWERED}/"):
             found.append(run.take(name))
     if found:
         return next((path for path in found if _takes(path, batches)), found[0])
     fused, onnx = fusing.reopen(sources.fused_of(run), prove=True), kind.takes == "onnx"
-    made = export_fused(fused, run, onnx=onnx, precision=precision or "fp32", progress=progress)
+    able: Precision = "fp32" if "fp32" in kind.precisions else "fp16"
+    made = export_fused(fused, run, onnx=onnx, precision=precision or able, progress=progress)
     return made.file
+
+
+def _precision(name: str) -> str:
+    """Return the precision that the name of a portable file in a run tells."""
+    return "fp32" if name == FUSED else name.split(".")[1]
 
 
 def _takes(path: Path, batches: Sequence[int]) -> bool:

@@ -313,7 +313,7 @@ def needed(
         MismatchError: the lowered file was rejected.
     """
     source = seen.file
-    if not seen.sites:
+    if not seen.sites or not _lowers(kind, seen.form):
         return source, None
     root = run.folder.parent if run else root
     made = plan(
@@ -340,6 +340,16 @@ def needed(
     if done.verdict.state == "rejected":
         raise MismatchError(f"{done.file} was rejected: {done.verdict.why}", "do not deploy it")
     return done.file, made
+
+
+def _lowers(kind: type[Backend], form: Form) -> bool:
+    """Tell whether a backend takes other forms than what a file holds; ReplkError when one is asked for by name."""
+    chosen = kind.ingredients if issubclass(kind, Engine) else kind.honours
+    if kind.takes == "onnx" or "forms" in chosen:
+        return True
+    if form in {AUTO, NONE}:
+        return False
+    raise ReplkError(f"{kind.name} runs large convolutions in kernels of its own, not as {form}", "leave --lower out")
 
 
 def plan(
