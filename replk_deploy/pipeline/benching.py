@@ -144,7 +144,8 @@ def bench(
         runners = list(own)
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         for baseline in baselines:
-            runners += [_baseline(baseline, runner, folder, progress) for runner in own]
+            peer = racing.Peer(baseline, progress)
+            runners += [_baseline(peer, runner, folder, progress) for runner in own]
         found = _Found()
         for runner in runners:
             for lowered in _lowered(
@@ -380,11 +381,11 @@ def _otherwise(runner: _Runner, form: Form) -> ReplkError | None:
     )
 
 
-def _baseline(name: str, beside: _Runner, folder: Path, progress: Progress) -> _Runner:
+def _baseline(peer: racing.Peer, beside: _Runner, folder: Path, progress: Progress) -> _Runner:
     """Return another network on the backend of ours, in the same precision."""
     precision = beside.metadata.precision if beside.metadata else "fp32"
-    path, metadata, oracle = racing.write(name, beside.kind, precision, folder, progress)
-    return _Runner(racing.label(name), beside.kind, path, path, None, beside.batches, metadata, oracle, "pass")
+    path, metadata = peer.write(beside.kind, precision, folder, progress)
+    return _Runner(peer.label, beside.kind, path, path, None, beside.batches, metadata, peer.oracle, "pass")
 
 
 def _open(

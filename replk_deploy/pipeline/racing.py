@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import final
 
 from replk_deploy import build as construction
 from replk_deploy import export as exporting
@@ -22,40 +23,49 @@ def label(name: str) -> str:
     return name.partition(":")[2]
 
 
-def write(
-    name: str, kind: type[Backend], precision: Precision, folder: Path, progress: Progress
-) -> tuple[Path, Metadata, Oracle]:
-    """Write a network with seeded random weights as the file that a backend opens; the oracle is its float64 form.
+@final
+class Peer:
+    """A network of another library with seeded random weights, and its float64 form, which answers once for all."""
 
-    Raises:
-        ReplkError: nobody knows the name.
-        UnavailableError: the library of that network is not installed.
-    """
-    progress(f"baseline {name}", 0, None)
-    network, preprocessing = baselines.baseline(name)
-    sha256 = weights.content_hash(network)
-    metadata = Metadata(
-        family=network.family,
-        form=network.form,
-        geometry=network.describe(),
-        label=network.geometry.label,
-        precision=precision,
-        preprocessing=preprocessing,
-        source_sha256=sha256,
-        source_name=name,
-    )
-    ending = sources.starts_from(kind)
-    path = folder / f"{label(name)}.{precision}{ending}"
-    if path.exists():
-        pass
-    elif ending == ".safetensors":
-        weights.write(path, proving.cast(network, precision), metadata)
-    else:
-        metadata = dataclasses.replace(metadata, batch=str(DYNAMIC))
-        exporting.export(network, path, precision=precision, size=preprocessing.size, batch=DYNAMIC, embed=None)
-        graph.seal(path, metadata)
-    if issubclass(kind, Engine):
-        source, path = path, folder / f"{label(name)}.{precision}.{kind.name}{kind.suffix}"
-        made = construction.build(source, path, kind, recipe=Recipe(), progress=progress)
-        sidecar.write(path, made.sidecar)
-    return path, metadata, Oracle(network, sha256)
+    def __init__(self, name: str, progress: Progress) -> None:
+        """Build the network named as `timm:NAME`.
+
+        Raises:
+            ReplkError: nobody knows the name.
+            UnavailableError: the library of that network is not installed.
+        """
+        progress(f"baseline {name}", 0, None)
+        self._name, self.label = name, label(name)
+        self._network, self._preprocessing = baselines.baseline(name)
+        self.oracle = Oracle(self._network, weights.content_hash(self._network))
+
+    def write(
+        self, kind: type[Backend], precision: Precision, folder: Path, progress: Progress
+    ) -> tuple[Path, Metadata]:
+        """Write the file that a backend opens."""
+        network, preprocessing = self._network, self._preprocessing
+        metadata = Metadata(
+            family=network.family,
+            form=network.form,
+            geometry=network.describe(),
+            label=network.geometry.label,
+            precision=precision,
+            preprocessing=preprocessing,
+            source_sha256=self.oracle.sha256,
+            source_name=self._name,
+        )
+        ending = sources.starts_from(kind)
+        path = folder / f"{self.label}.{precision}{ending}"
+        if path.exists():
+            pass
+        elif ending == ".safetensors":
+            weights.write(path, proving.cast(network, precision), metadata)
+        else:
+            metadata = dataclasses.replace(metadata, batch=str(DYNAMIC))
+            exporting.export(network, path, precision=precision, size=preprocessing.size, batch=DYNAMIC, embed=None)
+            graph.seal(path, metadata)
+        if issubclass(kind, Engine):
+            source, path = path, folder / f"{self.label}.{precision}.{kind.name}{kind.suffix}"
+            made = construction.build(source, path, kind, recipe=Recipe(), progress=progress)
+            sidecar.write(path, made.sidecar)
+        return path, metadata
