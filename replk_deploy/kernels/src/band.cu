@@ -10,7 +10,8 @@
 // each is loaded once and meets TH kernel rows, of which one is new.
 //
 // Constants by -D: K, H, W, IMG, TH, WARPS, BLOCKS (per multiprocessor, for the register limit), BH, BW, SKEW and PAD
-// (16-byte units after each RS rows and each image, against bank conflicts), BF16, ACT (0 none, 1 ReLU, 2 GELU).
+// (16-byte units after each RS rows and each image, against bank conflicts), BF16, ACT (0 none, 1 ReLU, 2 GELU),
+// AHEAD (1 where the kernel before this one on the stream never writes the weights).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -106,7 +107,7 @@ __device__ __forceinline__ float activated(float v) {
 // Where a row of the tile begins, from the first row of its image.
 __device__ __forceinline__ u32 row_at(int row) { return row * ROW + (SKEW ? row / RS * (SKEW * 16) : 0); }
 
-// A kernel starts while the one before it ends; until `wait_for_input` it must touch nothing but weights.
+// A kernel starts while the one before it ends; until `wait_for_input` it must touch nothing that this one writes.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -121,7 +122,7 @@ __device__ __forceinline__ void wait_for_input() {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict__ bias, u16* __restrict__ y,
-     i64 images, i64 x_image, i64 x_channel, i64 y_image, i64 y_channel) {
+     int images, int x_image, int x_channel, int y_image, int y_channel) {
   u32* const filter = (u32*)shared;
   unsigned char* const zeros = shared + K * 2 * FW * 4;
   unsigned char* const tile = zeros + ROW;
@@ -132,15 +133,16 @@ band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict
   const int from_row = BANDED ? top - P : 0, from_column = left - HALO * 8;
 
   let_next_start();
+  if (!AHEAD) wait_for_input();
   for (int i = threadIdx.x; i < ROW / 4; i += THREADS) ((u32*)zeros)[i] = 0;
   for (int i = threadIdx.x; i < K * 2 * FW; i += THREADS) {  // each row twice, the second one element further
     const int word = i % FW, odd = i / FW % 2, r = i / (2 * FW), s = 2 * word + odd - OFFSET;
     const u16* const taps = w + (channel * K + r) * K;
     filter[i] = ((unsigned)s < K ? taps[s] : 0) | ((unsigned)(s + 1) < K ? (u32)taps[s + 1] << 16 : 0);
   }
-  wait_for_input();
+  if (AHEAD) wait_for_input();
 
-  const u16* const plane = x + channel * x_channel + first * x_image;
+  const u16* const plane = x + (i64)channel * x_channel + (i64)first * x_image;
   constexpr int PIECES = NC * 8 / VEC;
   for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
     const int piece = i % PIECES, row = i / PIECES, column = from_column + piece * VEC, from = from_row + row;
@@ -235,7 +237,7 @@ band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict
     for (int half = 0; half < 2; half++) {
       const int m = g + half * 8, image = first + m % IMG;
       if (image >= images) continue;
-      u16* const out = y + image * y_image + channel * y_channel;
+      u16* const out = y + (i64)image * y_image + (i64)channel * y_channel;
 #pragma unroll
       for (int h = 0; h < TH; h++) {
         const int in_group = offset + h, row = top + m / IMG * RS + in_group;
