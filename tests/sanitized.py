@@ -1,12 +1,11 @@
 """Each family of kernels once, on one stream and without CUDA graphs, for NVIDIA's sanitizer.
 
     for tool in memcheck racecheck initcheck; do
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-        --kernel-name regex:'band|direct|small|product|first' python -m tests.sanitized || break
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \\
+        python -m tests.sanitized || break
     done
 
-Without PyTorch's cache of memory each tensor is an allocation of its own, so that a step beyond it is seen. Only our
-kernels are watched: initcheck would report what libraries read of their own scratch.
+Without PyTorch's cache of memory each tensor is an allocation of its own, so that a step beyond it is seen.
 """
 
 import torch
