@@ -1,7 +1,7 @@
-"""Each family of kernels once, on one stream and without CUDA graphs, for NVIDIA's sanitizer.
+r"""Each family of kernels once, on one stream and without CUDA graphs, for NVIDIA's sanitizer.
 
     for tool in memcheck racecheck initcheck; do
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \\
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
         python -m tests.sanitized || break
     done
 
