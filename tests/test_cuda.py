@@ -14,7 +14,7 @@ from replk_deploy.backends.cuda import CudaLaunch
 from replk_deploy.errors import ContractError, Exit, UnavailableError
 from tests import artefacts, false_gpu
 from tests.artefacts import Files, images
-from tests.false_gpu import FalseGpu
+from tests.false_gpu import FalseGpu, without
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inside inductor
@@ -297,7 +297,10 @@ def test_torch_compile_is_graphed_from_outside(
     assert switches() == DEFAULTS
 
 
-def test_a_failure_while_a_gpu_compiles_is_the_compilers(gpu: FalseGpu, files: Files) -> None:
+def test_a_failure_while_a_gpu_compiles_is_the_compilers(
+    gpu: FalseGpu, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "triton")
     assert gpu.log == []
     with pytest.raises(UnavailableError, match="triton is not installed") as caught:
         files.opened("torch-compile", "fp32")

@@ -70,8 +70,9 @@ class LargeDepthwiseConv2d(nn.Module):
             ReplkError: it is not depthwise, or has a stride, dilation or other padding.
         """
         size = conv.kernel_size[0]
-        told = (conv.stride, conv.dilation, conv.padding, conv.padding_mode, conv.groups, conv.kernel_size)
-        if told != ((1, 1), (1, 1), (size // 2, size // 2), "zeros", conv.in_channels, (size, size)):
+        told = (conv.stride, conv.dilation, conv.padding_mode, conv.groups, conv.out_channels, conv.kernel_size)
+        wanted = ((1, 1), (1, 1), "zeros", conv.in_channels, conv.in_channels, (size, size))
+        if told != wanted or conv.padding not in {"same", (size // 2, size // 2)}:
             raise ReplkError(f"{conv} is no depthwise convolution of stride 1 and 'same' padding", "leave it as it is")
         return cls(conv.weight, conv.bias, activation)
 
