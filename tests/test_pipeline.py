@@ -1,6 +1,7 @@
 """The chain as a user drives it: what is called proved was proved, and what failed is kept apart."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from replk_deploy import export as exporting
 from replk_deploy import files, graph, pipeline, proof, weights
 from replk_deploy import fuse as fusing
-from replk_deploy.backends import cuda, find
+from replk_deploy.backends import BACKENDS, cuda, find
+from replk_deploy.backends.base import Settings
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.backends.torch import Torch
 from replk_deploy.batch import Batch
+from replk_deploy.bench import Bench
 from replk_deploy.errors import Exit, IntegrityError, MismatchError, ReplkError, UnavailableError
-from replk_deploy.models import reparam
+from replk_deploy.models import baselines, reparam
 from replk_deploy.models.replknet import RepLKGeometry, RepLKNet
 from replk_deploy.preprocess import Preprocessing
 from replk_deploy.workspace import Workspace
@@ -596,6 +599,35 @@ def test_a_backend_that_fails_on_the_way_leaves_the_others_in_the_race(
     monkeypatch.setattr(Torch, "_run", broken)
     with pytest.raises(UnavailableError, match="the device is gone"):
         pipeline.bench(run, backends=("torch",), max_seconds=0.01)
+
+
+class Ours(Torch):
+    """A backend that runs no network of anybody else."""
+
+    name = "ours"
+    families = frozenset({RepLKNet.family})
+
+
+def test_a_backend_of_our_networks_alone_leaves_another_to_the_others(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(*backends: str) -> Bench:
+        settings = Settings(layout="nchw")
+        return pipeline.bench(
+            run, backends=backends, baselines=("timm:test_resnet",), settings=settings, max_seconds=0.01
+        ).bench
+
+    sized = functools.partial(baselines.baseline, size=SIZE)
+    monkeypatch.setattr(baselines, "baseline", sized)
+    monkeypatch.setitem(BACKENDS, "ours", f"{__name__}:Ours")
+    both = timed("ours", "torch")
+    peer = "test_resnet torch b1"
+    divided = {row.name: row.ratio and row.ratio.baseline for row in both.rows}
+    assert divided == {"ours b1": peer, "torch b1": peer, peer: None}
+    assert (both.baseline, both.failures) == ("torch", {})
+    alone = timed("ours")
+    assert [(row.name, row.ratio) for row in alone.rows] == [("ours b1", None)]
+    assert alone.failures == {"test_resnet": "ours cannot run it: name another --backend beside"}
 
 
 def test_the_caches_of_a_processor_are_not_emptied(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

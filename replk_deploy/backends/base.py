@@ -135,6 +135,7 @@ class Backend(abc.ABC):
         precisions: what it can execute.
         honours: the settings that mean something to it.
         cpu_only: whether it leaves a GPU alone, where there is one.
+        families: of the networks that it runs; None where it runs any.
         input: one image batch, [N, C, H, W] floating or [N, H, W, C] uint8; C is 3 for networks of ours.
         outputs: names, in order.
         precision: that of the open artefact.
@@ -148,6 +149,7 @@ class Backend(abc.ABC):
     precisions: ClassVar[frozenset[Precision]]
     honours: ClassVar[frozenset[str]] = frozenset()
     cpu_only: ClassVar[bool] = False
+    families: ClassVar[frozenset[str] | None] = None
     input: TensorSpec
     outputs: tuple[str, ...]
     precision: Precision

@@ -54,6 +54,7 @@ class Native(Engine):
     takes: ClassVar[Literal["weights", "onnx"]] = "weights"
     precisions: ClassVar[frozenset[Precision]] = frozenset({"fp16", "bf16"})
     honours: ClassVar[frozenset[str]] = frozenset({"cuda_graph"})
+    families: ClassVar[frozenset[str] | None] = frozenset({RepLKNet.family})
     suffix: ClassVar[str] = ".native"
     ingredients: ClassVar[frozenset[str]] = frozenset({"batches"})
 

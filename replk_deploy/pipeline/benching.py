@@ -116,7 +116,7 @@ def bench(
     """Time an artefact on runtimes, lowered for each, and judged just before where its weights are at hand.
 
     What a run lacks for a backend is built and proved first. A row that fails while it is prepared or
-    timed leaves the race; the others go on.
+    timed leaves the race; the others go on. A baseline runs on the backends that take its family.
 
     Raises:
         MismatchError: a backend answers wrongly.
@@ -143,10 +143,15 @@ def bench(
         )
         runners = list(own)
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
-        for baseline in baselines:
+        found, base = _Found(), next(iter(kinds))
+        for index, baseline in enumerate(baselines):
             peer = racing.Peer(baseline, progress)
-            runners += [_baseline(peer, runner, folder, progress) for runner in own]
-        found = _Found()
+            able = [runner for runner in own if peer.fits(runner.kind)]
+            runners += [_baseline(peer, runner, folder, progress) for runner in able]
+            if not able:
+                found.failures[peer.label] = f"{', '.join(kinds)} cannot run it: name another --backend beside"
+            elif not index:
+                base = able[0].kind.name
         for runner in runners:
             for lowered in _lowered(
                 found, runner, run if runner in own else None, forms, settings.device, folder, root, progress
@@ -158,6 +163,7 @@ def bench(
         label = racing.label(baselines[0]) if baselines else "" if len(models) > 1 else None
         result = benching.measure(
             found.contestants,
+            baseline=base if any(contestant.backend == base for contestant in found.contestants) else None,
             baseline_model=label if label in models else None,
             max_seconds=max_seconds,
             percentiles=percentiles,
@@ -166,9 +172,9 @@ def bench(
         for contestant, backend, images in found.timed:
             if contestant.name not in result.failures:
                 _demand_same(backend, contestant.launches[0], images)
-    if (baselines and label not in models) or result.baseline != next(iter(kinds)):  # what should divide is not there
+    if (baselines and label not in models) or result.baseline != base:  # what should divide is not there
         rows = tuple(dataclasses.replace(row, ratio=None) for row in result.rows)
-        result = dataclasses.replace(result, rows=rows, baseline=next(iter(kinds)), baseline_model=label)
+        result = dataclasses.replace(result, rows=rows, baseline=base, baseline_model=label)
     benched = Benched(
         bench=dataclasses.replace(result, failures={**found.failures, **result.failures}),
         agreements=found.agreements,

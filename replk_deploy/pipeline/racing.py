@@ -39,6 +39,10 @@ class Peer:
         self._network, self._preprocessing = baselines.baseline(name)
         self.oracle = Oracle(self._network, weights.content_hash(self._network))
 
+    def fits(self, kind: type[Backend]) -> bool:
+        """Tell whether a backend runs such a network."""
+        return kind.families is None or self._network.family in kind.families
+
     def write(
         self, kind: type[Backend], precision: Precision, folder: Path, progress: Progress
     ) -> tuple[Path, Metadata]:
