@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -498,6 +499,18 @@ def test_answers_travel_with_a_file(timer: Timer, monkeypatch: pytest.MonkeyPatc
     tuning.know({"work": "slow"})
     assert tuning.fastest("work", ["slow", "fast"], timer.timed.append) == "slow"
     assert timer.timed == [], "what it was told, it does not measure"
+
+
+def test_nobody_s_answers_are_lost(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    timer.ms = {"slow": 2.0, "fast": 1.0}
+    tuning.fastest("mine", ["slow", "fast"], timer.timed.append)
+    timer.forget(monkeypatch)
+    tuning.know({"a file's": "fast"})
+    held = json.loads(tuning._path("").read_text(encoding="utf-8"))
+    tuning._path("").write_text(json.dumps({**held, "another process's": "fast"}), encoding="utf-8")
+    tuning.fastest("new", ["slow", "fast"], timer.timed.append)
+    kept = json.loads(tuning._path("").read_text(encoding="utf-8"))
+    assert kept == dict.fromkeys(("mine", "a file's", "another process's", "new"), "fast")
 
 
 @pytest.mark.parametrize("damage", ["{", "[1]", '{"work": 7}', "\0"])

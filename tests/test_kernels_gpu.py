@@ -34,7 +34,11 @@ from replk_deploy.progress import silent
 from replk_deploy.proof import cast
 from tests import artefacts
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inside inductor
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # inside inductor
+]
 
 KERNELS = range(7, 32, 2)
 MAPS = ((1, 1), (3, 3), (7, 7), (14, 14), (15, 15), (28, 28), (33, 9), (20, 50), (56, 56), (64, 256))

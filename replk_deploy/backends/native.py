@@ -33,7 +33,7 @@ from replk_deploy.backends.base import (
     TensorSpec,
 )
 from replk_deploy.backends.leaves import leaf_times
-from replk_deploy.errors import ContractError, ReplkError
+from replk_deploy.errors import ContractError, IntegrityError, ReplkError
 from replk_deploy.kernels import nvrtc, tuning
 from replk_deploy.kernels.network import ChannelMajor
 from replk_deploy.metadata import Metadata
@@ -101,7 +101,7 @@ class Native(Engine):
 
         Raises:
             ReplkError: there is no such file.
-            IntegrityError: no sidecar, one of another file or backend, or built for another GPU.
+            IntegrityError: no sidecar, one of another file or backend, built for another GPU, or no choice of kernels.
             UnavailableError: as for `probe`.
         """
         said = sidecar.read(artefact)
@@ -113,7 +113,7 @@ class Native(Engine):
         self._graphs, self._stream = settings.cuda_graph, cuda.stream()
         torch.cuda.reset_peak_memory_stats()
         self._network: ChannelMajor | None = _channel_major(artefact)[0]
-        tuning.know(json.loads(weights.notes(artefact).get(TUNED, "{}")))
+        tuning.know(_tuned(artefact))
         self._captured: OrderedDict[tuple[int | str, ...], _Captured] = OrderedDict()
 
     def __call__(self, images: Array) -> dict[str, Array]:
@@ -237,6 +237,17 @@ def _channel_major(artefact: Path) -> tuple[ChannelMajor, Metadata]:
     with cuda.translated("hold the network"):
         network = ChannelMajor(model, metadata.preprocessing).to(cuda.DEVICE)
     return network.requires_grad_(requires_grad=False).eval(), metadata
+
+
+def _tuned(artefact: Path) -> dict[str, str]:
+    """Return the choice of kernels that a file carries."""
+    try:
+        found = json.loads(weights.notes(artefact).get(TUNED, ""))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(way, str) for way in found.values()):
+        raise IntegrityError(f"{artefact} does not say which kernels were chosen", "build it again: replk build")
+    return found
 
 
 def _here() -> dict[str, str]:

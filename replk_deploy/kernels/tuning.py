@@ -36,9 +36,7 @@ def fastest(work: Hashable, ways: Sequence[Way], start: Callable[[Way], object])
     gpu = torch.cuda.get_device_name()
     found: Way | None = _decided.get((gpu, work))
     if found is None:
-        if gpu not in _known:
-            _known[gpu] = _read(gpu)
-        known, words = _known[gpu], [str(way) for way in ways]
+        known, words = _answers(gpu), [str(way) for way in ways]
         if known.get(str(work)) not in words:
             if torch.cuda.is_current_stream_capturing():
                 return ways[0]
@@ -52,7 +50,7 @@ def fastest(work: Hashable, ways: Sequence[Way], start: Callable[[Way], object])
 
 def know(answers: Mapping[str, str]) -> None:
     """Take over what was measured on a GPU like this one."""
-    _known.setdefault(torch.cuda.get_device_name(), {}).update(answers)
+    _answers(torch.cuda.get_device_name()).update(answers)
 
 
 @contextmanager
@@ -64,6 +62,13 @@ def asked() -> Iterator[dict[str, str]]:
         yield noted
     finally:
         _asked.remove(noted)
+
+
+def _answers(gpu: str) -> dict[str, str]:
+    """Return what is known of a GPU, to be added to; what the user's cache holds comes first."""
+    if gpu not in _known:
+        _known[gpu] = _read(gpu)
+    return _known[gpu]
 
 
 def _measured(runs: Sequence[Callable[[], object]]) -> int:
@@ -117,9 +122,9 @@ def _read(gpu: str) -> dict[str, str]:
 
 
 def _write(gpu: str, known: Mapping[str, str]) -> None:
-    """Keep the answers; where they cannot be written they are measured again next time."""
+    """Keep the answers, with those of other processes; where that fails they are measured again next time."""
     try:
         _path(gpu).parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(_path(gpu), json.dumps(known, indent=1, sort_keys=True))
+        files.write_text(_path(gpu), json.dumps({**_read(gpu), **known}, indent=1, sort_keys=True))
     except OSError:
         return
