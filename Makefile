@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow fmt figures benchmarks clean
+.PHONY: demo test test-slow test-gpu fmt figures benchmarks clean
 
 demo: $(STAMP)  ## take the trained demo checkpoint through the whole chain
 	$(BIN)/replk deploy models/digits.pth --data models/digits-test.npz --precision fp32 --precision fp16
@@ -13,10 +13,13 @@ test: $(STAMP)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: $(STAMP)  ## full-size checkpoints through the chain, many minutes
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)  ## our kernels on an NVIDIA GPU, two minutes; nothing is skipped there
+	$(BIN)/python -m pytest -m gpu
 
 fmt: $(STAMP)
 	$(BIN)/ruff format .

@@ -10,10 +10,23 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from replk_deploy import optional
 from replk_deploy.backends import cuda
 
 NAME, CAPABILITY, PEAK_MIB, L2_BYTES = "False GPU", (9, 0), 96, 1000
 TICK_MS = 0.25  # between two events
+
+
+def without(patch: pytest.MonkeyPatch, package: str) -> None:
+    """Let a package, and all inside it, be one that is not installed."""
+    real = optional.import_module
+
+    def absent(module: str) -> object:
+        if f"{module}.".startswith(f"{package}."):
+            raise ModuleNotFoundError(name=package)
+        return real(module)
+
+    patch.setattr(optional, "import_module", absent)
 
 
 class FalseGpu:

@@ -23,7 +23,7 @@ from replk_deploy.files import sha256
 from replk_deploy.progress import silent
 from tests import artefacts, false_gpu
 from tests.artefacts import BATCH, SIZE, Files, images
-from tests.false_gpu import FalseGpu
+from tests.false_gpu import FalseGpu, without
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inside inductor
@@ -304,8 +304,10 @@ def test_a_package_for_another_gpu_or_for_the_processor_is_told_apart(package: P
 
 @pytest.mark.usefixtures("gpu")
 def test_a_build_on_a_gpu_is_for_it(files: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="triton is not installed"):
-        built(files, monkeypatch, tmp_path)
+    with monkeypatch.context() as patch:
+        without(patch, "triton")
+        with pytest.raises(UnavailableError, match="triton is not installed"):
+            built(files, monkeypatch, tmp_path)
     monkeypatch.setattr(compiler, "triton", lambda _: {"triton": "3.7"})
     made, _, _, _ = built(files, monkeypatch, tmp_path, "fp16")
     assert made.made_with == {"torch": torch.__version__, "device": "cuda", "compute_capability": "9.0"}

@@ -176,12 +176,20 @@ class Direct:
     name = "direct"
 
     @classmethod
-    def of(cls, shape: Shape) -> Self:
-        """Choose a tile of at most 256 threads."""
+    def of(cls, shape: Shape, shared: int) -> Self:
+        """Choose a tile of at most 256 threads, in at most so many bytes of shared memory where one row fits."""
         columns = min(-(-shape.width // 8) * 8, 128)
         rows = min(shape.height, max(1, 256 // (columns // 8)), 16)
         images = max(1, min(shape.images, 256 // (rows * columns // 8), 8))
-        return cls(shape=shape, images=images, rows=rows, columns=columns)
+        tile = cls(shape=shape, images=images, rows=rows, columns=columns)
+        while tile.shared > shared and tile.images * tile.rows > 1:
+            tile = tile._smaller()
+        return tile
+
+    def _smaller(self) -> Self:
+        if self.images > 1:
+            return dataclasses.replace(self, images=self.images - 1)
+        return dataclasses.replace(self, rows=-(-self.rows // 2))
 
     @property
     def shared(self) -> int:
@@ -229,14 +237,14 @@ def candidates(shape: Shape, dtype: str, *, multiprocessors: int, shared: int, m
         most: how many.
     """
     if dtype == "float32":
-        return (Direct.of(shape),)
+        return (Direct.of(shape, shared),)
     fitting = (
         tile
         for tile in _bands(shape, 2 if dtype == TF32 else 1)
         if tile.shared <= shared and tile.registers <= MOST_REGISTERS and tile.conflicts == 0
     )
     ordered = sorted(fitting, key=lambda tile: tile.cost(multiprocessors, shared))
-    return tuple(ordered[:most]) or (Direct.of(shape),)
+    return tuple(ordered[:most]) or (Direct.of(shape, shared),)
 
 
 def _bands(shape: Shape, parts: int) -> Iterator[Band]:

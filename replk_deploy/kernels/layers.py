@@ -91,7 +91,7 @@ class Large(nn.Module):
         """Return activation(conv(x))."""
         y = x.like(x.data.shape[0])
         if x.data.is_cuda:
-            op.convolve(x.view, self.weight, self.bias, self.activation, y.view)
+            op.convolve(x.view, self.weight, self.bias, self.activation, y.view, ahead=True)
         else:
             found = functional.conv2d(x.view, self.weight, self.bias, padding="same", groups=len(self.weight))
             y.view.copy_(op.activated(found, self.activation))

@@ -18,6 +18,7 @@ from replk_deploy.kernels.launch import ACTIVATIONS, TF32, TYPES, Activation, Sh
 
 SIZES = range(7, 32, 2)
 MAP_DIMS = 4
+VECTOR = 16  # bytes
 
 
 class Work(NamedTuple):
@@ -71,8 +72,9 @@ class LargeDepthwiseConv2d(nn.Module):
             ReplkError: it is not depthwise, or has a stride, dilation or other padding.
         """
         size = conv.kernel_size[0]
-        told = (conv.stride, conv.dilation, conv.padding, conv.padding_mode, conv.groups, conv.kernel_size)
-        if told != ((1, 1), (1, 1), (size // 2, size // 2), "zeros", conv.in_channels, (size, size)):
+        told = (conv.stride, conv.dilation, conv.padding_mode, conv.groups, conv.out_channels, conv.kernel_size)
+        wanted = ((1, 1), (1, 1), "zeros", conv.in_channels, conv.in_channels, (size, size))
+        if told != wanted or conv.padding not in {"same", (size // 2, size // 2)}:
             raise ReplkError(f"{conv} is no depthwise convolution of stride 1 and 'same' padding", "leave it as it is")
         return cls(conv.weight, conv.bias, activation)
 
@@ -109,9 +111,9 @@ def activated(x: Tensor, activation: str) -> Tensor:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Return x, copied unless it is contiguous or channel-major, and aligned."""
-    plain = x.is_contiguous() or x.transpose(0, 1).is_contiguous()
-    return x if plain and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    """Return x as `_laid_out` says, copied unless it already lies so, and where vectors can be loaded."""
+    x = x if _plain(x) else x.clone(memory_format=torch.contiguous_format)
+    return x if x.data_ptr() % VECTOR == 0 else x.clone()
 
 
 @torch.library.custom_op("replk::large_depthwise_conv2d", mutates_args=(), device_types="cpu")
@@ -128,16 +130,25 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor
 
 @_op.register_kernel("cuda")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    x = _readable(x)
-    y = torch.empty_like(x)
-    if x.numel():
-        with torch.cuda.device(x.device):
-            convolve(x, weight.contiguous(), bias, activation, y)
+    with torch.cuda.device(x.device), nvrtc.translated("convolve"):
+        x = _readable(x)
+        y = torch.empty_like(x)
+        if x.numel():
+            convolve(x, weight.contiguous(), bias, activation, y, ahead=False)
     return y
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, y: Tensor) -> None:
-    """Run the kernel in the tile that is fastest here; rows of the maps of x and y lie one after the other."""
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, y: Tensor, *, ahead: bool) -> None:
+    """Run the kernel in the tile that is fastest here; rows of the maps of x and y lie one after the other.
+
+    Args:
+        x: [N, C, H, W]; each channel begins where vectors can be loaded, at a multiple of 16 bytes.
+        weight: [C, 1, K, K], contiguous.
+        bias: [C].
+        activation: none, relu or gelu.
+        y: [N, C, H, W], begins as x does; written.
+        ahead: fetch the weights while the kernel before this one on the stream still runs. It must not write them.
+    """
     images, channels, height, width = x.shape
     shape = Shape(images=images, channels=channels, height=height, width=width, kernel=weight.shape[-1])
     dtype, (multiprocessors, shared) = str(x.dtype).removeprefix("torch."), nvrtc.limits()
@@ -148,7 +159,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activat
     def start(tile: Tile) -> None:
         nvrtc.start(
             tile.name,
-            tile.constants(dtype=dtype, activation=activation, shared=shared),
+            (*tile.constants(dtype=dtype, activation=activation, shared=shared), ("AHEAD", int(ahead))),
             *(x, weight, bias, y, images, x.stride(0), x.stride(1), y.stride(0), y.stride(1)),
             grid=tile.grid,
             threads=tile.threads,
@@ -160,5 +171,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activat
 
 def _laid_out(x: Tensor) -> Tensor:
     """Return x, or an empty tensor that lies as the copy does that would be read."""
-    plain = x.is_contiguous() or x.transpose(0, 1).is_contiguous()
-    return x if plain else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x if _plain(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _plain(x: Tensor) -> bool:
+    return x.is_contiguous() or x.transpose(0, 1).is_contiguous()

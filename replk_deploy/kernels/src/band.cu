@@ -13,7 +13,8 @@
 // parts and of a greater with a lesser one are added, those of two lesser ones left out.
 //
 // Constants by -D: K, H, W, IMG, TH, WARPS, BLOCKS (per multiprocessor, for the register limit), BH, BW, SKEW and PAD
-// (16-byte units after each RS rows and each image, against bank conflicts), BF16, SPLIT, ACT (0 none, 1 ReLU, 2 GELU).
+// (16-byte units after each RS rows and each image, against bank conflicts), BF16, SPLIT, ACT (0 none, 1 ReLU, 2 GELU),
+// AHEAD (1 where the kernel before this one on the stream never writes the weights).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -149,7 +150,7 @@ __device__ __forceinline__ float activated(float v) {
 // Where a row of the tile begins, from the first row of its image.
 __device__ __forceinline__ u32 row_at(int row) { return row * ROW + (SKEW ? row / RS * (SKEW * 16) : 0); }
 
-// A kernel starts while the one before it ends; until `wait_for_input` it must touch nothing but weights.
+// A kernel starts while the one before it ends; until `wait_for_input` it must touch nothing that this one writes.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -164,7 +165,7 @@ __device__ __forceinline__ void wait_for_input() {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 band(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias, T* __restrict__ y,
-     i64 images, i64 x_image, i64 x_channel, i64 y_image, i64 y_channel) {
+     int images, int x_image, int x_channel, int y_image, int y_channel) {
   u32* const filter = (u32*)shared;
   unsigned char* const zeros = shared + PARTS * FILTER * 4;
   unsigned char* const tile = zeros + ROW;
@@ -175,6 +176,7 @@ band(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bia
   const int from_row = BANDED ? top - P : 0, from_column = left - HALO * 8;
 
   let_next_start();
+  if (!AHEAD) wait_for_input();
   for (int i = threadIdx.x; i < ROW / 4; i += THREADS) ((u32*)zeros)[i] = 0;
   for (int i = threadIdx.x; i < FILTER; i += THREADS) {  // each row twice, the second one element further
     const int word = i % FW, odd = i / FW % 2, r = i / (2 * FW), s = 2 * word + odd - OFFSET;
@@ -183,9 +185,9 @@ band(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bia
 #pragma unroll
     for (int part = 0; part < PARTS; part++) filter[part * FILTER + i] = paired(low, high, part);
   }
-  wait_for_input();
+  if (AHEAD) wait_for_input();
 
-  const T* const plane = x + channel * x_channel + first * x_image;
+  const T* const plane = x + (i64)channel * x_channel + (i64)first * x_image;
   constexpr int PIECES = NC * 8 / VEC;
   for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
     const int piece = i % PIECES, row = i / PIECES, column = from_column + piece * VEC, from = from_row + row;
@@ -298,7 +300,7 @@ band(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bia
     for (int half = 0; half < 2; half++) {
       const int m = g + half * 8, image = first + m % IMG;
       if (image >= images) continue;
-      T* const out = y + image * y_image + channel * y_channel;
+      T* const out = y + (i64)image * y_image + (i64)channel * y_channel;
 #pragma unroll
       for (int h = 0; h < TH; h++) {
         const int in_group = offset + h, row = top + m / IMG * RS + in_group;

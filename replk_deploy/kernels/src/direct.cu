@@ -4,7 +4,7 @@
 // columns of one output row; a block owns PLANES images of a channel and a tile of BH x BW outputs each.
 //
 // Constants by -D: K, H, W, BH, BW (a multiple of 8), PLANES, TYPE (0 fp16, 1 bf16, 2 fp32), ACT (0 none, 1 ReLU,
-// 2 GELU).
+// 2 GELU), AHEAD (1 where the kernel before this one on the stream never writes the weights).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -59,7 +59,7 @@ __device__ __forceinline__ float activated(float v) {
 
 extern __shared__ float shared[];  // filter, tiles
 
-// A kernel starts while the one before it ends; until `wait_for_input` it must touch nothing but weights.
+// A kernel starts while the one before it ends; until `wait_for_input` it must touch nothing that this one writes.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -74,19 +74,21 @@ __device__ __forceinline__ void wait_for_input() {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 direct(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias, T* __restrict__ y,
-       i64 images, i64 x_image, i64 x_channel, i64 y_image, i64 y_channel) {
+       int images, int x_image, int x_channel, int y_image, int y_channel) {
   float* const tile = shared + K * K;
   const int channel = blockIdx.x, first = blockIdx.y * PLANES;
   const int top = blockIdx.z / ACROSS * BH, left = blockIdx.z % ACROSS * BW;
 
   let_next_start();
+  if (!AHEAD) wait_for_input();
   for (int i = threadIdx.x; i < K * K; i += THREADS) shared[i] = widen(w[channel * K * K + i]);
-  wait_for_input();
+  if (AHEAD) wait_for_input();
   for (int i = threadIdx.x; i < PLANES * ROWS * SPAN; i += THREADS) {
     const int s = i % SPAN, r = i / SPAN % ROWS, image = first + i / (SPAN * ROWS);
     const int row = top + r - P, column = left + s - P;
     const bool inside = image < images && (unsigned)row < H && (unsigned)column < W;
-    tile[i / SPAN * PITCH + s] = inside ? widen(x[image * x_image + channel * x_channel + (i64)row * W + column]) : 0;
+    const T* const line = x + (i64)image * x_image + (i64)channel * x_channel + (i64)row * W;
+    tile[i / SPAN * PITCH + s] = inside ? widen(line[column]) : 0;
   }
   __syncthreads();
 
@@ -111,7 +113,7 @@ direct(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ b
       for (int v = 0; v < 8; v++) sum[v] = fmaf(tap, window[s + v], sum[v]);
     }
   }
-  T* const out = y + image * y_image + channel * y_channel + (i64)row * W;
+  T* const out = y + (i64)image * y_image + (i64)channel * y_channel + (i64)row * W;
 #pragma unroll
   for (int v = 0; v < 8; v++)
     if (left + lane * 8 + v < W) out[left + lane * 8 + v] = narrow(activated(sum[v]));

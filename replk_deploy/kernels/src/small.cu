@@ -38,7 +38,8 @@ struct alignas(N * 2 < 16 ? N * 2 : 16) Columns {
   u16 at[N];
 };
 
-// A kernel starts while the one before it ends; until `wait_for_input` it must touch nothing but weights.
+// A kernel starts while the one before it ends; until `wait_for_input` it must touch nothing that this one writes:
+// here that is all but the weights, because only a network uses this kernel.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -53,7 +54,7 @@ __device__ __forceinline__ void wait_for_input() {
 
 extern "C" __global__ void __launch_bounds__(256)
 small(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict__ bias, u16* __restrict__ y,
-      i64 images, i64 x_image, i64 x_channel, i64 y_image, i64 y_channel) {
+      int images, int x_image, int x_channel, int y_image, int y_channel) {
   const int channel = blockIdx.y, i = blockIdx.x * 256 + threadIdx.x;
   const int across = i % (OW / V) * V, row = i / (OW / V) % OH, image = i / (OW / V * OH);
   let_next_start();
@@ -64,7 +65,7 @@ small(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restric
 #pragma unroll
   for (int v = 0; v < V; v++) sum[v] = widen(bias[channel]);
   wait_for_input();
-  const u16* const plane = x + image * x_image + channel * x_channel;
+  const u16* const plane = x + (i64)image * x_image + (i64)channel * x_channel;
 #pragma unroll
   for (int r = 0; r < K; r++) {
     const int from = row * STRIDE + r - P, left = across * STRIDE;
@@ -91,5 +92,5 @@ small(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restric
   Columns<V> found;
 #pragma unroll
   for (int v = 0; v < V; v++) found.at[v] = narrow(ACT == 1 ? fmaxf(sum[v], 0.0f) : sum[v]);
-  *(Columns<V>*)(y + image * y_image + channel * y_channel + (i64)row * OW + across) = found;
+  *(Columns<V>*)(y + (i64)image * y_image + (i64)channel * y_channel + (i64)row * OW + across) = found;
 }
