@@ -4,7 +4,8 @@ python benchmarks/latency.py [--variant RepLKNet-31B] [--size N] [--precision fp
                              [--backend torch ...] [--baseline timm:NAME ...] [--lower none ...]
                              [--cuda-graph on] [--max-seconds 60] [--keep FOLDER]
 
-Writes docs/benchmarks/latency-<device>.json, one entry per variant, size, precision and batches; others stay.
+Writes docs/benchmarks/latency-<device>.json, one entry per variant, size, precision, backends, batches and use
+of CUDA graphs; others stay.
 The checkpoint has random weights and BatchNorm statistics that fit the activations and are then disturbed.
 All rows of one entry ran in turns in one process, each judged by float64 just before. Samples are left out
 of the committed record; `replk bench --json` keeps them.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from replk_deploy import pipeline, records, sources
-from replk_deploy.backends import BACKENDS
+from replk_deploy.backends import BACKENDS, find
 from replk_deploy.forms import AUTO, FORMS
 from replk_deploy.models.replknet import VARIANTS
 from replk_deploy.pipeline.benching import GRAPHS
@@ -48,11 +49,11 @@ def measure(options: argparse.Namespace, precision: Precision, folder: Path) -> 
     if not (root / "latest").exists():
         subprocess.run([sys.executable, "-m", "tests.networks", options.variant, str(ckpt)], cwd=ROOT, check=True)
         pipeline.fuse(ckpt, size=size, root=root, progress=told)
-    for onnx in (True, False):
-        ending = "onnx" if onnx else "safetensors"
-        if (onnx or precision != "fp32") and not list(root.glob(f"*/model.{precision}.{ending}")):
-            pipeline.export(onnx=onnx, precision=precision, size=size, root=root, progress=told)
     backends = options.backend or sources.present(())[0]
+    for ending in sorted({sources.starts_from(find(name)) for name in backends}):
+        onnx = ending == ".onnx"
+        if (onnx or precision != "fp32") and not list(root.glob(f"*/model.{precision}{ending}")):
+            pipeline.export(onnx=onnx, precision=precision, size=size, root=root, progress=told)
     timed = pipeline.bench(
         backends=backends,
         batches=options.batch,
@@ -99,7 +100,8 @@ def main() -> None:
         folder = options.keep or Path(held.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         for precision in options.precision or ["fp32"]:
-            key = f"{options.variant} {options.size} {precision} b{','.join(map(str, options.batch))}"
+            asked = (*(options.backend or ["all"]), f"b{','.join(map(str, options.batch))}", options.cuda_graph)
+            key = " ".join((options.variant, str(options.size), precision, *asked))
             whole["entries"][key] = measure(options, precision, folder)
             path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
             for row in whole["entries"][key]["bench"]["rows"]:

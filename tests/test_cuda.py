@@ -270,9 +270,9 @@ def test_layers_are_timed_between_events_behind_a_head_start(gpu: FalseGpu, file
     assert {layer.detail for layer in layers} == {"channels_last"}
 
 
-@pytest.mark.parametrize("graph", [False, True])
-def test_torch_compile_is_graphed_from_outside(
-    gpu: FalseGpu, files: Files, graph, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("graph", "layout"), [(False, "nchw"), (True, "auto")])
+def test_torch_compile_is_graphed_from_outside_and_moves_no_large_kernel_to_channels_last(
+    gpu: FalseGpu, files: Files, graph, layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from replk_deploy.backends import torch_compile
 
@@ -285,7 +285,8 @@ def test_torch_compile_is_graphed_from_outside(
         return honest(*args, config_patches=config_patches)
 
     monkeypatch.setattr(torch_compile, "compile_fx", watched)
-    with files.opened("torch-compile", "fp32", Settings(cuda_graph=graph, layout="nchw")) as found:
+    with files.opened("torch-compile", "fp32", Settings(cuda_graph=graph, layout=layout)) as found:
+        assert found.facts["layout_optimization"] == "off"
         assert found.facts["triton"] == "for cuda"
         assert (found.facts["shapes"], found.facts["mode"]) == ("static", "default")
         assert artefacts.error(found.run(images(3))) < artefacts.usual_error("fp32")
@@ -295,6 +296,21 @@ def test_torch_compile_is_graphed_from_outside(
         assert ("replay" in gpu.log) == graph
     assert patches == [{"triton.cudagraphs": False, "layout_optimization": False}], "compiled once, for one shape"
     assert switches() == DEFAULTS
+
+
+@pytest.mark.usefixtures("gpu")
+def test_inductor_chooses_the_layout_of_a_network_whose_large_kernels_are_lowered(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from replk_deploy import lower
+    from replk_deploy.models.replknet import RepLKNet
+
+    monkeypatch.setattr(compiler, "of", lambda device, _name: {"triton": f"for {device}"})
+    sites = lower.find_network(RepLKNet.empty(artefacts.GEOMETRY, "folded"), (artefacts.SIZE, artefacts.SIZE))
+    forms = tuple((site.name, "grouped") for site in sites)
+    for given, said in ((forms, "inductor's choice"), (forms[1:], "off")):
+        with files.opened("torch-compile", "fp32", Settings(forms=given)) as found:
+            assert found.facts["layout_optimization"] == said
 
 
 def test_a_failure_while_a_gpu_compiles_is_the_compilers(

@@ -56,6 +56,8 @@ def families() -> Iterator[tuple[str, nvrtc.Constants]]:
         assert isinstance(tile, Band)
         said = tile.constants(dtype=next(dtypes), activation=ACTIVATIONS[ahead], shared=SMALLEST)
         yield tile.name, (*said, ("AHEAD", ahead % 2))
+    split = candidates(shape, "tf32", multiprocessors=108, shared=SMALLEST)[0]
+    yield split.name, (*split.constants(dtype="tf32", activation="relu", shared=SMALLEST), ("AHEAD", 0))
     for dtype in ("float16", "bfloat16", "float32"):
         direct = Direct.of(SHAPES["groups of rows"], SMALLEST)
         yield "direct", (*direct.constants(dtype=dtype, activation="gelu", shared=SMALLEST), ("AHEAD", 0))
@@ -302,7 +304,7 @@ def test_a_convolution_that_it_cannot_replace_is_left(conv: nn.Conv2d) -> None:
     width=st.integers(1, 300),
     kernel=st.sampled_from(op.SIZES),
     shared=st.sampled_from([49152, SMALLEST, 166912, H100[1]]),
-    dtype=st.sampled_from(["float16", "float32"]),
+    dtype=st.sampled_from(["float16", "float32", "tf32"]),
 )
 def test_a_tile_fits_the_gpu_and_its_grid_covers_the_maps(
     images: int, height: int, width: int, kernel: int, shared: int, dtype: str

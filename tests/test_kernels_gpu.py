@@ -43,10 +43,11 @@ pytestmark = [
 KERNELS = range(7, 32, 2)
 MAPS = ((1, 1), (3, 3), (7, 7), (14, 14), (15, 15), (28, 28), (33, 9), (20, 50), (56, 56), (64, 256))
 BATCHES, CHANNELS = (1, 3, 8), (1, 3, 8)
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 LAYOUTS = ("nchw", "channel-major")
 ROUNDS = 2  # cases of each kernel and map
-TINY = {"float16": 5e-5, "bfloat16": 4e-4, "float32": 3e-7}  # a twentieth of the last place; in fp32 two places
+# a twentieth of the last place; in fp32 two places; in tf32, which PyTorch computes as fp32, the last of 16 bits
+TINY = {"float16": 5e-5, "bfloat16": 4e-4, "float32": 3e-7, "tf32": 1.5e-5}
 GUARD = 64  # elements before and after what a kernel may touch
 
 

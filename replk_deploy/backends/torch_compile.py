@@ -14,7 +14,7 @@ from typing import Any, ClassVar, final
 
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
 
 from replk_deploy.backends import compiler
@@ -26,6 +26,7 @@ from replk_deploy.models.base import Network
 
 SHAPES = 64  # input shapes that one process may compile; torch's own limit of 8 is shared by all open files
 SWITCH_ON = "unset TORCH_COMPILE_DISABLE TORCHDYNAMO_DISABLE"
+LARGE = 7  # kernels of a depthwise convolution that cuDNN runs an order of magnitude slower in channels last
 LAYOUT = {  # asked for → how Inductor may change it; on its own it turns static convolutional networks to channels last
     "auto": {},
     "nchw": {"layout_optimization": False},
@@ -53,15 +54,19 @@ class TorchCompile(TorchRuntime):
             UnavailableError: no compiler works, torch.compile is switched off, or there is no GPU as asked.
         """
         self._answers = 0
-        self._patches: dict[str, Any] = {"triton.cudagraphs": False, **LAYOUT[settings.layout]}
+        self._asked = settings.layout
         super().__init__(artefact, settings)
-        chosen = {"auto": "inductor's choice", "nchw": "off", "nhwc": "forced"}[settings.layout]
+        chosen = {"auto": "inductor's choice", "nchw": "off", "nhwc": "forced"}[self._asked]
         said = {"shapes": "static", "mode": "default", "layout_optimization": chosen}
         self.facts = {**self.facts, **said}
 
     def _ready(self, model: Network) -> Forward:
+        if self._asked == "auto" and self.device == "cuda" and any(map(_large, model.modules())):
+            self._asked = "nchw"
+        patches: dict[str, Any] = {"triton.cudagraphs": False, **LAYOUT[self._asked]}
+
         def inductor(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-            compiled = compile_fx(graph, examples, config_patches=self._patches)
+            compiled = compile_fx(graph, examples, config_patches=patches)
 
             def counted(*args: Any) -> Any:
                 self._answers += 1
@@ -94,6 +99,13 @@ class TorchCompile(TorchRuntime):
                 return super()._run(images)
             except RuntimeError as exc:  # the base of Dynamo's errors, and itself where no frame was compiled
                 raise UnavailableError(f"torch.compile failed: {_reason(exc)}", "use the backend torch") from exc
+
+
+def _large(module: nn.Module) -> bool:
+    """Tell whether a module is a depthwise convolution with a large kernel, such as were not lowered."""
+    return (
+        isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and max(module.kernel_size) >= LARGE
+    )
 
 
 def _reason(exc: Exception) -> str:

@@ -17,6 +17,7 @@ from replk_deploy.kernels.nvrtc import Constants
 Activation = Literal["none", "relu", "gelu"]
 ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu")
 TYPES = ("float16", "bfloat16", "float32")
+TF32 = "tf32"  # float32 where tensor cores are allowed
 ROWS = 16  # of one tensor-core product
 NARROW, WIDEST = 64, 128  # columns: maps up to the first are never cut into tiles, wider ones than the second always
 ACCUMULATORS = 32  # blocks of 8 columns times rows that a warp sums at a time, 4 registers each
@@ -43,31 +44,24 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
-    """A tile of band.cu: constants as there."""
+    """A tile of band.cu: constants as there; `parts` is how many values of 16 bits stand for one."""
 
     shape: Shape
+    parts: int
     images: int
     rows: int
     columns: int
     strip: int
     warps: int
-    skew: int
-    pad: int
+    skew: int = 0
+    pad: int = 0
 
     name = "band"
 
-    @classmethod
-    def of(cls, shape: Shape, *, images: int, rows: int, columns: int, strip: int, warps: int) -> Self:
+    def padded(self) -> Self:
         """Fill in the padding that keeps shared memory free of bank conflicts."""
-        tile = cls(shape=shape, images=images, rows=rows, columns=columns, strip=strip, warps=warps, skew=0, pad=0)
-        choices = product(range(8), range(8))
-        return min((tile._padded(skew, pad) for skew, pad in choices), key=lambda t: (t.conflicts, t.pad + t.skew))
-
-    def _padded(self, skew: int, pad: int) -> Self:
-        return type(self)(
-            shape=self.shape, images=self.images, rows=self.rows, columns=self.columns, strip=self.strip,
-            warps=self.warps, skew=skew, pad=pad,
-        )  # fmt: skip
+        choices = (dataclasses.replace(self, skew=skew, pad=pad) for skew, pad in product(range(8), range(8)))
+        return min(choices, key=lambda tile: (tile.conflicts, tile.pad + tile.skew))
 
     @property
     def banded(self) -> bool:
@@ -110,7 +104,8 @@ class Band:
     def shared(self) -> int:
         """Return the bytes of shared memory of a block."""
         words = 8 * self.shape.reach + 8
-        return self.shape.kernel * 2 * words * 4 + self.chunks * 16 + self.images * self.image_units * 16
+        part = self.shape.kernel * 2 * words * 4 + self.images * self.image_units * 16
+        return self.parts * part + self.chunks * 16
 
     @property
     def registers(self) -> int:
@@ -143,7 +138,8 @@ class Band:
             *(("K", s.kernel), ("H", s.height), ("W", s.width)),
             *(("IMG", self.images), ("TH", self.strip), ("WARPS", self.warps), ("BLOCKS", self.blocks(shared))),
             *(("BH", self.rows), ("BW", self.columns), ("SKEW", self.skew), ("PAD", self.pad)),
-            *(("BF16", int(dtype == "bfloat16")), ("ACT", ACTIVATIONS.index(activation))),
+            *(("BF16", int(dtype != "float16")), ("SPLIT", int(self.parts > 1))),
+            ("ACT", ACTIVATIONS.index(activation)),
         )
 
     def cost(self, multiprocessors: int, shared: int) -> float:
@@ -160,7 +156,7 @@ class Band:
         else:
             met = s.kernel * self.strip
         steps = min(s.kernel + self.strip - 1, self.rows_in if self.images == ROWS else 10**9)
-        a_strip = met * products * CYCLES + steps * (self.chunks + 2 * s.reach + 6) * 4
+        a_strip = (2 * self.parts - 1) * met * products * CYCLES + steps * (self.chunks + 2 * s.reach + 6) * 4
         per_warp = -(-self.strips // self.warps)
         fill = 1500 + self.shared / self.threads / 4
         at_once = self.blocks(shared)
@@ -218,7 +214,11 @@ class Direct:
         s = self.shape
         return (
             *(("K", s.kernel), ("H", s.height), ("W", s.width), ("BH", self.rows), ("BW", self.columns)),
-            *(("PLANES", self.images), ("TYPE", TYPES.index(dtype)), ("ACT", ACTIVATIONS.index(activation))),
+            *(
+                ("PLANES", self.images),
+                ("TYPE", TYPES.index("float32" if dtype == TF32 else dtype)),
+                ("ACT", ACTIVATIONS.index(activation)),
+            ),
         )
 
 
@@ -231,7 +231,7 @@ def candidates(shape: Shape, dtype: str, *, multiprocessors: int, shared: int, m
 
     Args:
         shape: of the convolution.
-        dtype: float16, bfloat16 or float32, which only CUDA cores take.
+        dtype: float16, bfloat16, float32, which only CUDA cores take, or tf32.
         multiprocessors: of the GPU.
         shared: bytes of shared memory that one block, and so one multiprocessor, can have.
         most: how many.
@@ -240,14 +240,14 @@ def candidates(shape: Shape, dtype: str, *, multiprocessors: int, shared: int, m
         return (Direct.of(shape, shared),)
     fitting = (
         tile
-        for tile in _bands(shape)
+        for tile in _bands(shape, 2 if dtype == TF32 else 1)
         if tile.shared <= shared and tile.registers <= MOST_REGISTERS and tile.conflicts == 0
     )
     ordered = sorted(fitting, key=lambda tile: tile.cost(multiprocessors, shared))
     return tuple(ordered[:most]) or (Direct.of(shape, shared),)
 
 
-def _bands(shape: Shape) -> Iterator[Band]:
+def _bands(shape: Shape, parts: int) -> Iterator[Band]:
     whole = -(-shape.width // 8) * 8
     widths = {whole} if whole <= NARROW else {min(whole, WIDEST), 64, 48, 32} if whole <= WIDEST else {64, 48, 32}
     heights = {shape.height, *(h for h in (64, 32, 16) if h < shape.height)}
@@ -259,4 +259,6 @@ def _bands(shape: Shape) -> Iterator[Band]:
         for strip in (s for s in range(1, most + 1) if s == 1 or -(-group // s) < -(-group // (s - 1))):
             strips = -(-group // strip)
             for warps in {min(w, strips) for w in (1, 2, 4, 6, 8)}:
-                yield Band.of(shape, images=images, rows=rows, columns=columns, strip=strip, warps=warps)
+                yield Band(
+                    shape=shape, parts=parts, images=images, rows=rows, columns=columns, strip=strip, warps=warps
+                ).padded()

@@ -12,6 +12,7 @@ from replk_deploy.kernels.launch import ACTIVATIONS, Activation
 from replk_deploy.kernels.nvrtc import EXTRA
 
 FEW, MANY = 16, 4000  # tiles: products in fewer leave a GPU idle, and small tiles in more are never the fastest
+SMALL = 128 * 64  # elements of a tile
 
 
 class Work(NamedTuple):
@@ -97,7 +98,8 @@ def _fitting(work: Work, *, shared: int, linked: bool) -> list[Cut]:
 
     tensors = linked and work.depth % 8 == 0  # a descriptor wants rows aligned
     able = [cut for cut in CUTS if (tensors or not cut.each) and cut.shared(residual=work.residual) <= shared]
-    found = [c for c in able if c.rows < 2 * work.rows and c.depth < 2 * work.depth and FEW <= tiles(c) <= MANY]
+    fit = [cut for cut in able if cut.rows < 2 * work.rows and cut.depth < 2 * work.depth and tiles(cut) >= FEW]
+    found = [cut for cut in fit if tiles(cut) <= MANY or cut.rows * cut.columns > SMALL]
     return found or [max(able, key=tiles)]
 
 

@@ -9,13 +9,22 @@
 // times 16 / IMG row groups, RS rows apart. A warp takes strips of TH output rows in turn; going down the input rows,
 // each is loaded once and meets TH kernel rows, of which one is new.
 //
+// With SPLIT, values are fp32, and each is the sum of two bf16 ones, 16 bits of mantissa: the products of the greater
+// parts and of a greater with a lesser one are added, those of two lesser ones left out.
+//
 // Constants by -D: K, H, W, IMG, TH, WARPS, BLOCKS (per multiprocessor, for the register limit), BH, BW, SKEW and PAD
-// (16-byte units after each RS rows and each image, against bank conflicts), BF16, ACT (0 none, 1 ReLU, 2 GELU),
+// (16-byte units after each RS rows and each image, against bank conflicts), BF16, SPLIT, ACT (0 none, 1 ReLU, 2 GELU),
 // AHEAD (1 where the kernel before this one on the stream never writes the weights).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef long long i64;
+
+#if SPLIT
+typedef float T;
+#else
+typedef u16 T;
+#endif
 
 constexpr int P = K / 2;
 constexpr int D = (P + 7) / 8;                  // chunks of eight columns that a kernel row reaches to either side
@@ -32,7 +41,9 @@ constexpr int IMAGE = ROWS * ROW + ((ROWS - 1) / RS) * SKEW * 16 + PAD * 16;
 constexpr int FW = 8 * D + 8;                   // words of a kernel row between zeros
 constexpr int OFFSET = 8 * D + 8 - P;           // zeros before it
 constexpr int THREADS = WARPS * 32;
-constexpr int VEC = W % 8 == 0 ? 8 : W % 4 == 0 ? 4 : W % 2 == 0 ? 2 : 1;  // elements that lie aligned in any row
+constexpr int PARTS = SPLIT ? 2 : 1;            // of a value
+constexpr int FILTER = K * 2 * FW, TILE = IMG * IMAGE;  // of one part, in words and bytes
+constexpr int VEC = W % 8 == 0 && !SPLIT ? 8 : W % 4 == 0 ? 4 : W % 2 == 0 ? 2 : 1;  // elements that lie aligned in any row
 constexpr bool WHOLE = GROUPS == 1 && !BANDED && TH == H && K >= 2 * H - 1;  // every output row sees every input row
 
 extern __shared__ __align__(16) unsigned char shared[];  // filter, row of zeros, images
@@ -47,8 +58,10 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
 }
 
-__device__ __forceinline__ float widen(u16 v) {
-#if BF16
+__device__ __forceinline__ float widen(T v) {
+#if SPLIT
+  return v;
+#elif BF16
   return __uint_as_float((u32)v << 16);
 #else
   float f;
@@ -65,6 +78,36 @@ __device__ __forceinline__ u32 narrow(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
 #endif
   return r;
+}
+
+#if SPLIT
+// Two values, the first in the low half; the greater parts, or what they leave.
+__device__ __forceinline__ u32 part_of(float low, float high, int part) {
+  const u32 greater = narrow(low, high);
+  if (!part) return greater;
+  return narrow(low - __uint_as_float(greater << 16), high - __uint_as_float(greater & 0xffff0000u));
+}
+
+template <int N>
+__device__ __forceinline__ void load_values(float (&values)[N], const float* from) {
+  if constexpr (N == 4) {
+    const float4 four = *(const float4*)from;
+    values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+  } else if constexpr (N == 2) {
+    const float2 two = *(const float2*)from;
+    values[0] = two.x, values[1] = two.y;
+  } else {
+    values[0] = *from;
+  }
+}
+#endif
+
+__device__ __forceinline__ u32 paired(T low, T high, int part) {
+#if SPLIT
+  return part_of(low, high, part);
+#else
+  return low | (u32)high << 16;
+#endif
 }
 
 __device__ __forceinline__ void load4(u32 (&a)[4], u32 at) {
@@ -121,10 +164,10 @@ __device__ __forceinline__ void wait_for_input() {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict__ bias, u16* __restrict__ y,
+band(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias, T* __restrict__ y,
      int images, int x_image, int x_channel, int y_image, int y_channel) {
   u32* const filter = (u32*)shared;
-  unsigned char* const zeros = shared + K * 2 * FW * 4;
+  unsigned char* const zeros = shared + PARTS * FILTER * 4;
   unsigned char* const tile = zeros + ROW;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int channel = blockIdx.x, first = blockIdx.y * IMG;
@@ -135,22 +178,36 @@ band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict
   let_next_start();
   if (!AHEAD) wait_for_input();
   for (int i = threadIdx.x; i < ROW / 4; i += THREADS) ((u32*)zeros)[i] = 0;
-  for (int i = threadIdx.x; i < K * 2 * FW; i += THREADS) {  // each row twice, the second one element further
+  for (int i = threadIdx.x; i < FILTER; i += THREADS) {  // each row twice, the second one element further
     const int word = i % FW, odd = i / FW % 2, r = i / (2 * FW), s = 2 * word + odd - OFFSET;
-    const u16* const taps = w + (channel * K + r) * K;
-    filter[i] = ((unsigned)s < K ? taps[s] : 0) | ((unsigned)(s + 1) < K ? (u32)taps[s + 1] << 16 : 0);
+    const T* const taps = w + (channel * K + r) * K;
+    const T low = (unsigned)s < K ? taps[s] : T(0), high = (unsigned)(s + 1) < K ? taps[s + 1] : T(0);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) filter[part * FILTER + i] = paired(low, high, part);
   }
   if (AHEAD) wait_for_input();
 
-  const u16* const plane = x + (i64)channel * x_channel + (i64)first * x_image;
+  const T* const plane = x + (i64)channel * x_channel + (i64)first * x_image;
   constexpr int PIECES = NC * 8 / VEC;
   for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
     const int piece = i % PIECES, row = i / PIECES, column = from_column + piece * VEC, from = from_row + row;
     unsigned char* to = tile + row_at(row) + piece * (VEC * 2);
-    const u16* source = plane + (i64)from * W + column;
+    const T* source = plane + (i64)from * W + column;
     const bool inside = (unsigned)from < H && (unsigned)column < W;
 #pragma unroll
     for (int image = 0; image < IMG; image++, to += IMAGE, source += x_image) {
+#if SPLIT
+      T values[VEC] = {};
+      if (inside && first + image < images) load_values(values, source);
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        if constexpr (VEC == 1) *(u16*)(to + part * TILE) = (u16)part_of(values[0], 0.0f, part);
+        else
+#pragma unroll
+          for (int v = 0; v < VEC / 2; v++)
+            ((u32*)(to + part * TILE))[v] = part_of(values[2 * v], values[2 * v + 1], part);
+      }
+#else
       if constexpr (VEC == 1) {
         *(u16*)to = inside && first + image < images ? *source : 0;
       } else if (inside && first + image < images) {
@@ -159,6 +216,7 @@ band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict
 #pragma unroll
         for (int v = 0; v < VEC / 2; v++) ((u32*)to)[v] = 0;
       }
+#endif
     }
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -190,43 +248,48 @@ band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict
       rho0 = max(0, P - (top + offset));
       rho1 = min(H - 1 - (top + offset), TH - 1 + P) + P + 1;
     }
-    u32 band[TH][2 * D + 1];
+#pragma unroll 1
+    for (int pass = SPLIT ? 2 : 0; pass >= 0; pass--) {  // lesser with greater, greater with lesser, both greater
+      const u32* const rows = taps + (pass == 1) * FILTER;
+      const u32 part_at = image_at + (pass == 2) * TILE;
+      u32 band[TH][2 * D + 1];
 #pragma unroll
-    for (int h = 1; h < TH; h++)
+      for (int h = 1; h < TH; h++)
 #pragma unroll
-      for (int d = 0; d < 2 * D + 1; d++)
-        band[TH - h][d] = rho0 - h >= 0 && rho0 - h < K ? taps[(rho0 - h) * 2 * FW + 4 * d] : 0;
+        for (int d = 0; d < 2 * D + 1; d++)
+          band[TH - h][d] = rho0 - h >= 0 && rho0 - h < K ? rows[(rho0 - h) * 2 * FW + 4 * d] : 0;
 
-    for (int step = rho0; step < rho1; step += TH) {
+      for (int step = rho0; step < rho1; step += TH) {
 #pragma unroll
-      for (int u = 0; u < TH; u++) {
-        const int rho = step + u;
-        if (WHOLE || rho < rho1) {
-          const int row = group * RS + offset + rho - (BANDED ? 0 : P);
-          u32 at = image_at + row_at(row);
-          if ((GROUPS > 1 || BANDED) && (unsigned)row >= ROWS) at = zeros_at;
-          u32 a[(NC + 1) / 2][4];
+        for (int u = 0; u < TH; u++) {
+          const int rho = step + u;
+          if (WHOLE || rho < rho1) {
+            const int row = group * RS + offset + rho - (BANDED ? 0 : P);
+            u32 at = part_at + row_at(row);
+            if ((GROUPS > 1 || BANDED) && (unsigned)row >= ROWS) at = zeros_at;
+            u32 a[(NC + 1) / 2][4];
 #pragma unroll
-          for (int p = 0; p < NC / 2; p++) load4(a[p], at + p * 32);
-          if constexpr (NC % 2) load2(a[NC / 2], at + NC / 2 * 32);
-          if (WHOLE || rho < K) {
+            for (int p = 0; p < NC / 2; p++) load4(a[p], at + p * 32);
+            if constexpr (NC % 2) load2(a[NC / 2], at + NC / 2 * 32);
+            if (WHOLE || rho < K) {
 #pragma unroll
-            for (int d = 0; d < 2 * D + 1; d++) band[u][d] = taps[rho * 2 * FW + 4 * d];
-          }
+              for (int d = 0; d < 2 * D + 1; d++) band[u][d] = rows[rho * 2 * FW + 4 * d];
+            }
 #pragma unroll
-          for (int h = 0; h < TH; h++) {
-            const u32(&b)[2 * D + 1] = band[(u - h + TH) % TH];
-            if (WHOLE || (rho - h >= 0 && rho - h < K)) {
+            for (int h = 0; h < TH; h++) {
+              const u32(&b)[2 * D + 1] = band[(u - h + TH) % TH];
+              if (WHOLE || (rho - h >= 0 && rho - h < K)) {
 #pragma unroll
-              for (int p = 0; p < (NC + 1) / 2; p++)
+                for (int p = 0; p < (NC + 1) / 2; p++)
 #pragma unroll
-                for (int j = 0; j < NJ; j++) {
-                  const int d = 2 * p - HALO - j + D;  // index of the first chunk's register
-                  const bool one = d >= 0 && d <= 2 * D, two = d + 1 >= 0 && d + 1 <= 2 * D && 2 * p + 1 < NC;
-                  if (one && two) product16(sum[h][j], a[p], b[d], b[d + 1]);
-                  else if (one) product8(sum[h][j], a[p][0], a[p][1], b[d]);
-                  else if (two) product8(sum[h][j], a[p][2], a[p][3], b[d + 1]);
-                }
+                  for (int j = 0; j < NJ; j++) {
+                    const int d = 2 * p - HALO - j + D;  // index of the first chunk's register
+                    const bool one = d >= 0 && d <= 2 * D, two = d + 1 >= 0 && d + 1 <= 2 * D && 2 * p + 1 < NC;
+                    if (one && two) product16(sum[h][j], a[p], b[d], b[d + 1]);
+                    else if (one) product8(sum[h][j], a[p][0], a[p][1], b[d]);
+                    else if (two) product8(sum[h][j], a[p][2], a[p][3], b[d + 1]);
+                  }
+              }
             }
           }
         }
@@ -237,7 +300,7 @@ band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict
     for (int half = 0; half < 2; half++) {
       const int m = g + half * 8, image = first + m % IMG;
       if (image >= images) continue;
-      u16* const out = y + (i64)image * y_image + (i64)channel * y_channel;
+      T* const out = y + (i64)image * y_image + (i64)channel * y_channel;
 #pragma unroll
       for (int h = 0; h < TH; h++) {
         const int in_group = offset + h, row = top + m / IMG * RS + in_group;
@@ -245,14 +308,24 @@ band(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restrict
 #pragma unroll
         for (int j = 0; j < NJ; j++) {
           const int column = left + 8 * j + 2 * t;
-          const u32 both = narrow(activated(sum[h][j][2 * half]), activated(sum[h][j][2 * half + 1]));
-          u16* const to = out + (i64)row * W + column;
+          const float low = activated(sum[h][j][2 * half]), high = activated(sum[h][j][2 * half + 1]);
+          T* const to = out + (i64)row * W + column;
+#if SPLIT
+          if constexpr (W % 2 == 0) {
+            if (column < W) *(float2*)to = make_float2(low, high);
+          } else {
+            if (column < W) to[0] = low;
+            if (column + 1 < W) to[1] = high;
+          }
+#else
+          const u32 both = narrow(low, high);
           if constexpr (W % 2 == 0) {
             if (column < W) *(u32*)to = both;
           } else {
             if (column < W) to[0] = (u16)both;
             if (column + 1 < W) to[1] = (u16)(both >> 16);
           }
+#endif
         }
       }
     }
