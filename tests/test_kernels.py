@@ -246,6 +246,12 @@ def test_it_is_compiled_and_exported_whole() -> None:
     torch.testing.assert_close(exported.module()(x[:3]), expected[:3])
 
 
+def test_no_image_and_no_row_give_none() -> None:
+    x, weight, bias = values(X, WEIGHT, BIAS)
+    for empty in (x[:0], x[:, :, :0], x[..., :0]):
+        assert large_depthwise_conv2d(empty, weight, bias).shape == empty.shape
+
+
 X, WEIGHT, BIAS = (2, 3, 9, 12), (3, 1, 13, 13), (3,)
 
 

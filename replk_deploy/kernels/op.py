@@ -118,8 +118,11 @@ def _readable(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("replk::large_depthwise_conv2d", mutates_args=(), device_types="cpu")
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    found = functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
-    return torch.empty_like(_laid_out(x)).copy_(activated(found, activation))
+    y = torch.empty_like(_laid_out(x))
+    if x.numel():  # PyTorch's own takes no maps without a row
+        found = functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
+        y.copy_(activated(found, activation))
+    return y
 
 
 @_op.register_fake
