@@ -51,7 +51,7 @@ def product_error(rows: int, depth: int, columns: int, cut: Cut, activation: Any
     return float(wrong[:, :columns].norm() / whole[:, :columns].norm())
 
 
-@settings(max_examples=30, derandomize=True, database=None, deadline=None)
+@settings(max_examples=20, derandomize=True, database=None, deadline=None)
 @given(
     rows=st.integers(1, 150),
     depth=st.integers(1, 20),
