@@ -45,7 +45,8 @@ def large() -> int:
             assert y.isfinite().all()
             done += 1
     tuning.fastest = lambda _work, ways, _start: ways[0]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, tf32 in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, False)):
+        torch.backends.cudnn.allow_tf32 = tf32
         values = filled(2, 3, 9, 10, dtype=dtype), filled(3, 1, 13, 13, dtype=dtype)
         assert large_depthwise_conv2d(*values).isfinite().all()
         done += 1

@@ -249,11 +249,13 @@ HOW = (
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("dims", [(3, 8, 20, 28), (2, 3, 7, 7), (1, 2, 32, 64), (2, 1, 5, 1)])
+@pytest.mark.parametrize("dtype", ["float16", "tf32"])
 def test_any_memory_is_read_rightly_and_the_fake_kernel_knows_how_the_answer_lies(
-    how: str, dims: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+    dtype: str, how: str, dims: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first_guess(monkeypatch)
-    plain, weight, bias = example(dims)
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    plain, weight, bias = example(dims, dtype=DTYPES[dtype])
     x = laid(plain, how)
     got = large_depthwise_conv2d(x, weight, bias, "relu")
     assert near(got, true(x, weight, bias).relu())
