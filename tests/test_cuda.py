@@ -9,6 +9,7 @@ import torch
 
 from replk_deploy import backends
 from replk_deploy.backends import compiler, cuda
+from replk_deploy.backends import torch as torch_runtime
 from replk_deploy.backends.base import Settings
 from replk_deploy.backends.cuda import CudaLaunch
 from replk_deploy.errors import ContractError, Exit, UnavailableError
@@ -252,7 +253,13 @@ def test_a_launch_does_not_see_what_happens_to_its_array(gpu: FalseGpu, files: F
     assert gpu.log.index("default idle") < gpu.log.index("on stream 1"), "copied before another stream reads"
 
 
-def test_layouts_are_compared_with_an_idle_gpu_at_both_ends(gpu: FalseGpu, files: Files) -> None:
+def test_layouts_are_compared_with_an_idle_gpu_at_both_ends_unless_a_kernel_is_large(
+    gpu: FalseGpu, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with files.opened("torch", "fp32") as found:
+        assert (found.facts["layout"], "large" in found.facts["layout_probe"]) == ("channels_first", True)
+        assert "device idle" not in gpu.log
+    monkeypatch.setattr(torch_runtime, "has_large_kernels", lambda _model: False)
     with files.opened("torch", "fp32") as found:
         assert "batch 1, 64x64" in found.facts["layout_probe"]
         assert gpu.log.count("device idle") == 2 * (1 + 2 * 3), "no look at the clock between layers"

@@ -47,7 +47,11 @@ def test_the_precision_is_asked_for(files: Files, precision: str, hint: str, mon
     with files.opened("openvino", precision) as found:
         assert found.precision == precision
         assert artefacts.error(found.run(images(3))) < artefacts.usual_error(precision)
-    assert asked == [("CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint})]
+        computes_in = found.facts["computes_in"]
+    hints = [choices.pop("INFERENCE_PRECISION_HINT") for _, choices in asked]
+    assert hints in ([hint], [hint, "f32"]), "float32 only where the processor would take bf16 for fp16"
+    assert computes_in in {hints[-1], "f32"}
+    assert all(told == ("CPU", {"PERFORMANCE_HINT": "LATENCY"}) for told in asked)
 
 
 @pytest.mark.parametrize(("precision", "in_force"), [("fp32", "bf16"), ("fp32", "f16"), ("fp16", "bf16")])
@@ -152,7 +156,7 @@ def test_a_profile_that_does_not_add_up_is_no_profile(files: Files, monkeypatch:
 
     def forgetful(self: openvino._Launch) -> list[tuple[str, str, str, float]]:
         calls.append(self)
-        return list(honest(self))[len(calls) == 2 :]
+        return [node for node in honest(self) if len(calls) != 2 or "Convolution" not in node[1]]
 
     monkeypatch.setattr(openvino._Launch, "executed", forgetful)
     with files.opened("openvino", "fp32") as found, pytest.raises(ContractError, match="other nodes in some of 2"):

@@ -27,7 +27,7 @@ HINT = {"fp32": "f32", "tf32": "f32", "fp16": "f16"}  # of a file → the least 
 PRECISION = "INFERENCE_PRECISION_HINT"
 NOISE = ("Exception from ", "Check '", "FrontEnd API failed")  # lines that say where in OpenVINO, not what
 CAUSE = "-- "  # before the lines of a summary
-IN_PLACE = {"Reshape", "Squeeze", "Unsqueeze"}  # views: under load some runs were seen to report none
+IN_PLACE = {"Reorder", "Reshape", "Squeeze", "Unsqueeze"}  # often views: some runs were seen to report none
 
 
 @final
@@ -76,17 +76,19 @@ class OpenVino(Backend):
                 f"OpenVINO is not offered for {self.precision}: {artefact}",
                 "export it again: replk export --onnx --precision fp32 (or fp16)",
             )
-        self._compiled: Any = self._compile(model)
-        in_force = self._compiled.get_property(PRECISION).to_string()
-        if in_force not in {"f32", HINT[self.precision]}:
-            raise UnavailableError(
-                f"OpenVINO computes {artefact} in {in_force}, though told {HINT[self.precision]}", "use ort-cpu"
-            )
+        for hint in (HINT[self.precision], "f32"):  # without arithmetic for fp16, some processors take bf16
+            self._hint = hint
+            self._compiled: Any = self._compile(model)
+            in_force = self._compiled.get_property(PRECISION).to_string()
+            if in_force in {"f32", hint}:
+                break
+        else:
+            raise UnavailableError(f"OpenVINO computes {artefact} in {in_force}, though told f32", "use ort-cpu")
         names = {"threads": "INFERENCE_NUM_THREADS", "streams": "NUM_STREAMS", "hint": "PERFORMANCE_HINT"}
         self.facts = facts | {"computes_in": in_force} | {k: _text(self._compiled, v) for k, v in names.items()}
 
     def _compile(self, model: Any, **more: Any) -> Any:
-        choices = {"PERFORMANCE_HINT": "LATENCY", PRECISION: HINT[self.precision], **more}
+        choices = {"PERFORMANCE_HINT": "LATENCY", PRECISION: self._hint, **more}
         with _told(f"cannot compile {self._artefact}"):
             return _openvino().Core().compile_model(model, DEVICE, choices)
 

@@ -32,6 +32,7 @@ from replk_deploy.precision import PRECISIONS, TOLERANCES, Precision
 Forward = Callable[[Tensor], tuple[Tensor, ...]]
 T = TypeVar("T")
 Surroundings = Callable[[], AbstractContextManager[None]]
+LARGE = 7  # kernel of a depthwise convolution
 LAYOUTS = {"channels_last": torch.channels_last, "channels_first": torch.contiguous_format}
 ASKED = {"nhwc": "channels_last", "nchw": "channels_first"}
 PROBES = 2  # timed answers per layout, after one to warm up; differences of interest are twofold and more
@@ -111,6 +112,8 @@ class TorchRuntime(Backend):
         """Return the name of the layout and, in words, why it was taken."""
         if asked != "auto":
             return ASKED[asked], "asked for"
+        if self.device == "cuda" and has_large_kernels(model):
+            return "channels_first", "large depthwise kernels on a GPU"
         measure = functools.partial(faster_layout, model, self._dtype, size)
         if self.device == "cuda":
             measure = functools.partial(measure, device=cuda.DEVICE, clock=cuda.clock, patience_s=None)
@@ -224,6 +227,15 @@ def _within(around: Surroundings | None, function: Callable[..., T]) -> Callable
             return function(*args)
 
     return inside
+
+
+def has_large_kernels(model: nn.Module) -> bool:
+    """Tell whether a depthwise convolution with a large kernel is left that was not lowered.
+
+    cuDNN runs it an order of magnitude slower in channels last than PyTorch's own kernel does in planes.
+    """
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return any(conv.groups == conv.in_channels > 1 and max(conv.kernel_size) >= LARGE for conv in convs)
 
 
 def in_layout(model: Network, layout: torch.memory_format) -> Network:

@@ -14,19 +14,18 @@ from typing import Any, ClassVar, final
 
 import torch
 import torch._dynamo
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 
 from replk_deploy.backends import compiler
 from replk_deploy.backends.base import DEFAULT, Array, Launch, Settings
 from replk_deploy.backends.cuda import Device
-from replk_deploy.backends.torch import Forward, TorchRuntime
+from replk_deploy.backends.torch import Forward, TorchRuntime, has_large_kernels
 from replk_deploy.errors import UnavailableError, first_line
 from replk_deploy.models.base import Network
 
 SHAPES = 64  # input shapes that one process may compile; torch's own limit of 8 is shared by all open files
 SWITCH_ON = "unset TORCH_COMPILE_DISABLE TORCHDYNAMO_DISABLE"
-LARGE = 7  # kernels of a depthwise convolution that cuDNN runs an order of magnitude slower in channels last
 LAYOUT = {  # asked for → how Inductor may change it; on its own it turns static convolutional networks to channels last
     "auto": {},
     "nchw": {"layout_optimization": False},
@@ -61,7 +60,7 @@ class TorchCompile(TorchRuntime):
         self.facts = {**self.facts, **said}
 
     def _ready(self, model: Network) -> Forward:
-        if self._asked == "auto" and self.device == "cuda" and any(map(_large, model.modules())):
+        if self._asked == "auto" and self.device == "cuda" and has_large_kernels(model):
             self._asked = "nchw"
         patches: dict[str, Any] = {"triton.cudagraphs": False, **LAYOUT[self._asked]}
 
@@ -99,13 +98,6 @@ class TorchCompile(TorchRuntime):
                 return super()._run(images)
             except RuntimeError as exc:  # the base of Dynamo's errors, and itself where no frame was compiled
                 raise UnavailableError(f"torch.compile failed: {_reason(exc)}", "use the backend torch") from exc
-
-
-def _large(module: nn.Module) -> bool:
-    """Tell whether a module is a depthwise convolution with a large kernel, such as were not lowered."""
-    return (
-        isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and max(module.kernel_size) >= LARGE
-    )
 
 
 def _reason(exc: Exception) -> str:

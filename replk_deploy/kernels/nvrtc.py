@@ -6,6 +6,7 @@ nvcc is needed. Compiling needs neither a GPU nor a driver.
 
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -23,9 +24,13 @@ EXTRA = "replk-deploy[native]"
 MOST = 2**31 - 1
 
 
+_IMPORT = threading.Lock()  # its parts import one another: two threads that begin at once get half of it
+
+
 @functools.cache
 def _cuda() -> Any:
-    return optional.load("cuda.core", package="cuda-core", install=EXTRA)
+    with _IMPORT:
+        return optional.load("cuda.core", package="cuda-core", install=EXTRA)
 
 
 def limits() -> tuple[int, int]:
