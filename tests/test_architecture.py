@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 LAYERS: list[set[str]] = [
     {"errors"},
     {"precision", "progress", "records", "files", "optional", "batch", "forms"},
-    {"models", "preprocess", "onednn", "tf32", "quantiles", "clocks", "machine", "metadata"},
+    {"models", "preprocess", "onednn", "tf32", "quantiles", "clocks", "machine", "metadata", "charts"},
     {"weights", "graph", "container", "measurement"},
     {"lowerings", "kernels"},
     {"backends"},
@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
         "roofline",
         "sites",
         "profile",
+        "erf",
         "doctor",
     },
     {"proof"},
@@ -68,6 +69,7 @@ WITHIN = {  # who may import whom in its own layer, and why
     ("inspect", "fuse"): "names the BatchNorms as the fusion does",
     ("publish", "workspace"): "places a file in a run",
     ("sources", "workspace"): "finds a file in a run",
+    ("report", "workspace"): "a run is what it reads",
 }
 ONLY = {  # package → the modules that may import it
     "typer": {"cli", "options"},
@@ -81,6 +83,8 @@ ONLY = {  # package → the modules that may import it
     "timm": {"models/baselines"},
     "PIL": {"images", "preprocess"},
     "scipy": {"costs", "quantiles"},
+    "matplotlib": {"charts"},
+    "jinja2": {"report/forms"},
     "psutil": {"machine"},
     "pynvml": {"clocks"},
     "filelock": {"workspace"},
@@ -219,11 +223,13 @@ def test_the_commands_are_those_that_are_promised() -> None:
             "compare",
             "deploy",
             "doctor",
+            "erf",
             "export",
             "fuse",
             "inspect",
             "lower",
             "profile",
+            "report",
             "selftest",
             "verify",
         ),
@@ -241,7 +247,7 @@ def test_a_command_has_its_function_its_page_and_its_tests(command: str) -> None
     assert inspect.isfunction(function)
     assert function.__module__.startswith(home.__name__)
     assert function.__doc__
-    assert command == "deploy" or (PACKAGE / f"{command}.py").is_file()
+    assert command == "deploy" or any((PACKAGE / p).is_file() for p in (f"{command}.py", f"{command}/__init__.py"))
     assert f"\n## {command}\n" in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     tests = ROOT / "tests" / f"test_{TESTED_IN.get(command, command)}.py"
     assert tests.is_file(), f"{tests.name} is missing"
