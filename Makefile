@@ -28,6 +28,7 @@ fmt: $(STAMP)
 figures: $(STAMP)  ## redraw the pictures of the documentation
 	$(BIN)/python docs/figures/fusion.py
 	$(BIN)/python docs/figures/lowering.py
+	$(BIN)/python docs/figures/throughput.py
 
 benchmarks: $(STAMP)  ## measure again what docs/benchmarks holds; needs a quiet machine
 	$(BIN)/python benchmarks/commands.py
