@@ -27,7 +27,7 @@ from replk_deploy import machine, onednn
 from replk_deploy.backends import cuda
 from replk_deploy.backends.base import DEFAULT, Array, Backend, Launch, Settings
 from replk_deploy.backends.torch import LAYOUTS, CpuLaunch, Torch
-from replk_deploy.costs import Calibration, Cost, forms_of
+from replk_deploy.costs import CPU, Calibration, Cost, forms_of, on_cpu
 from replk_deploy.errors import ReplkError
 from replk_deploy.lower import lower_graph
 from replk_deploy.lowerings import LOWERINGS, NONE
@@ -102,7 +102,7 @@ def _times(
 ) -> tuple[str, list[float]]:
     """Return the device, and the milliseconds of a form in each memory layout."""
     with _prepared(kind, site, batch, form, precision) as (device, launches):
-        return device, [stretch_ms(launch, queue=device != "cpu") for launch in launches]
+        return device, [stretch_ms(launch, queue=not on_cpu(device)) for launch in launches]
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _prepared(
         lower_graph(path, out, lambda _: form)
         graphed = "cuda_graph" in kind.honours
         with kind(out, Settings(cuda_graph=True) if graphed else DEFAULT) as backend:
-            yield _device(backend.device), [backend.prepare(images)]
+            yield device_name(backend.device), [backend.prepare(images)]
 
 
 def _of_torch(
@@ -145,7 +145,7 @@ def _of_torch(
         around = functools.partial(cuda.arithmetic, tf32=precision == "tf32")
     else:
         around = functools.partial(onednn.avoided, onednn.stalls(module))
-    return _device(device), [_launch(module, images, dtype, layout, around) for layout in LAYOUTS.values()]
+    return device_name(device), [_launch(module, images, dtype, layout, around) for layout in LAYOUTS.values()]
 
 
 def _launch(
@@ -166,8 +166,11 @@ def _launch(
     return cuda.CudaLaunch(run, graph=True) if device.type == "cuda" else CpuLaunch(run)
 
 
-def _device(device: cuda.Device) -> str:
-    return "cpu" if device == "cpu" else torch.cuda.get_device_name()
+def device_name(device: cuda.Device) -> str:
+    """Return what calibrations call a device of this machine: the GPU's name, or the processor and its instructions."""
+    if device == "cuda":
+        return str(cuda.facts()["gpu"])
+    return f"{CPU} {machine.environment()['cpu']} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _conv(weight: Array, bias: Array) -> nn.Module:

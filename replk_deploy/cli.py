@@ -1,13 +1,14 @@
 """The command line: parse, call one function of `pipeline`, render, exit."""
 
 import signal
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
-from replk_deploy import __version__, options, render
+from replk_deploy import __version__, advice, config, options, render
 from replk_deploy.backends import BACKENDS
 from replk_deploy.batch import DYNAMIC
 from replk_deploy.batch import Batch as Range
@@ -35,6 +36,17 @@ from replk_deploy.precision import PRECISIONS
 class ErrorsAtTheEdge(typer.core.TyperGroup):
     """Turn our errors into a message and an exit code, in one place."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find a command, and what the project's file says of its options."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if not ctx.resilient_parsing:
+            known = {other: _options_of(self.commands[other]) for other in self.commands}
+            path, said = config.choices(Path.cwd(), known)
+            if name in said:
+                ctx.default_map = said
+                render.note(f"choices from {path}: {', '.join(sorted(said[name]))}")
+        return name, command, rest
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
@@ -57,9 +69,23 @@ class ErrorsAtTheEdge(typer.core.TyperGroup):
             raise typer.Exit(Exit.UNAVAILABLE) from exc
 
 
+def _options_of(command: Any) -> dict[str, config.Option]:
+    """Return the options of a command, by the name without dashes."""
+    hints = typing.get_type_hints(command.callback)
+    return {
+        max(option.opts, key=len).lstrip("-"): config.Option(
+            parameter=option.name,
+            repeats=option.multiple,
+            switch=option.is_flag,
+            path=Path in {hints[option.name], *typing.get_args(hints[option.name])},
+        )
+        for option in command.params
+        if option.param_type_name == "option" and option.name in hints
+    }
+
+
 app = typer.Typer(
     cls=ErrorsAtTheEdge,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="From a RepLKNet training checkpoint to a proved ONNX model and a latency table.",
@@ -67,11 +93,15 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def version(*, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def begin(
+    context: typer.Context, *, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     """From a RepLKNet training checkpoint to a proved ONNX model and a latency table."""
     if show:
         render.out.print(f"replk {__version__}")
         raise typer.Exit(Exit.OK)
+    if context.invoked_subcommand is None:
+        render.advice(advice.advise(Path()))
 
 
 @app.command()

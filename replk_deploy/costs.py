@@ -34,6 +34,7 @@ from replk_deploy.precision import TOLERANCES, Precision
 FORMS = (NONE, *LOWERINGS)
 ALIKE = {"torch-compile": "torch", "aoti": "torch"}  # a compiler leaves convolutions and products to the same libraries
 NEAR: dict[Precision, Precision] = {"bf16": "fp16"}  # bytes and matrix rates are the same
+CPU = "cpu"  # first word of what a processor is called
 MEASURED, MODELLED = 0.9, 0.75  # share of the convolution's time that a form may take, to be taken in its place
 FACTORS = 5  # of the sum
 REACH = 4  # times more or less work than any layer that was measured; a fit says nothing of what lies beyond
@@ -141,17 +142,17 @@ class Model:
         self._device = device
         self._records: list[tuple[Cost, ...]] = []
         sources = []
-        kind, wanted = _kind(device), ALIKE.get(runtime, runtime)
+        wanted = ALIKE.get(runtime, runtime)
         for like in dict.fromkeys((precision, NEAR.get(precision, precision))):
             fitting = [
-                (calibration, name, costs)
+                (name, costs)
                 for calibration in known
                 for name, costs in _by_device(calibration, wanted, like).items()
-                if _kind(name) == kind
+                if _speaks_for(name, device)
             ]
-            for calibration, name, costs in sorted(fitting, key=lambda found: found[1] != device):
+            for name, costs in sorted(fitting, key=lambda found: found[0] != device):
                 self._records.append(costs)
-                sources.append(f"{like} on {calibration.environment.get('cpu') if kind == 'cpu' else name}")
+                sources.append(f"{like} on {name}")
         self.source = "; ".join(dict.fromkeys(sources))
 
     def times(self, site: LargeConv, batch: int) -> tuple[Mapping[str, float], str]:
@@ -293,8 +294,14 @@ def _macs(site: LargeConv, batch: int) -> int:
     return batch * site.channels * math.prod(site.map) * math.prod(site.taps)
 
 
-def _kind(device: str) -> str:
-    return "cpu" if device == "cpu" else "cuda"
+def on_cpu(device: str) -> bool:
+    """Tell whether a device of a calibration is a processor."""
+    return device.startswith(CPU)
+
+
+def _speaks_for(measured: str, device: str) -> bool:
+    """Tell whether times of one device say something of another: of GPUs yes, of other processors nothing."""
+    return measured == device or not (on_cpu(measured) or on_cpu(device))
 
 
 def _by_device(calibration: Calibration, runtime: str, precision: Precision) -> Mapping[str, tuple[Cost, ...]]:

@@ -84,6 +84,15 @@ def note(text: str) -> None:
     err.print(escape(text), soft_wrap=True)
 
 
+def advice(found: Any) -> None:
+    """Print what to do next."""
+    out.print(escape(found.stands), soft_wrap=True)
+    wide = max(len(command) for command, _ in found.commands)
+    for command, gives in found.commands:
+        out.print(f"  [bold]{escape(command):{wide}}[/]  {escape(gives)}", soft_wrap=True)
+    out.print("all commands: replk --help", soft_wrap=True)
+
+
 def show(result: Any, words: Callable[[], None], last: str, state: str, *, as_json: Path | None) -> None:
     """Show a result: as words, or as JSON in a file or on stdout; then the verdict line."""
     if as_json is not None and str(as_json) == "-":

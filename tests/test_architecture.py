@@ -16,7 +16,7 @@ PACKAGE = Path(replk_deploy.__file__).parent
 ROOT = PACKAGE.parent
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"precision", "progress", "records", "files", "optional", "batch", "forms"},
+    {"precision", "progress", "records", "files", "optional", "batch", "forms", "config", "advice"},
     {"models", "preprocess", "onednn", "tf32", "quantiles", "clocks", "machine", "metadata", "charts"},
     {"weights", "graph", "container", "measurement"},
     {"lowerings", "kernels"},
@@ -67,6 +67,7 @@ WITHIN = {  # who may import whom in its own layer, and why
     ("evaluate", "verify"): "the type of an answer",
     ("inspect", "checkpoint"): "an open checkpoint is what it looks at",
     ("inspect", "fuse"): "names the BatchNorms as the fusion does",
+    ("advice", "records"): "the manifest of a run",
     ("publish", "workspace"): "places a file in a run",
     ("sources", "workspace"): "finds a file in a run",
     ("report", "workspace"): "a run is what it reads",

@@ -155,6 +155,7 @@ def test_no_factor_is_negative_and_too_few_layers_are_no_fit() -> None:
         ("ort-cuda", "NVIDIA L4", "bf16", 1.0),
         ("ort-cuda", GPU, "tf32", None),
         ("ort-cuda", "cpu", "fp16", 4.0),
+        ("ort-cuda", "cpu of another kind", "fp16", None),
         ("torch", "cpu", "fp32", 3.0),
         ("torch-compile", "cpu", "fp32", 3.0),
         ("aoti", "cpu", "fp32", 3.0),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from replk_deploy import backends, costs, files, graph, machine, pipeline, publish, weights
+from replk_deploy import backends, calibrate, costs, files, graph, machine, pipeline, publish, weights
 from replk_deploy import lower as lowered_by
 from replk_deploy.backends import aoti, sidecar
 from replk_deploy.backends.base import Recipe, Settings
@@ -99,7 +99,7 @@ def know(
     rows = [
         Cost(
             runtime=runtime,
-            device="cpu",
+            device=calibrate.device_name("cpu"),
             precision="fp32",
             batch=batch,
             channels=channels,
@@ -199,7 +199,7 @@ def test_what_was_lowered_is_taken_again_until_the_plan_changes(run: Path, monke
     assert (path, plan.words, len(calls)) == (run / AUTO, SECOND_DENSE, 2)
     assert graph.header(path).lowered == SECOND_DENSE
     assert {d.why for d in plan.decisions} == {"measured"}
-    assert plan.source == "fp32 on written by hand"
+    assert plan.source == f"fp32 on {calibrate.device_name('cpu')}"
     pipeline.lower(run, root=run.parent, prove=False)
     assert graph.header(path).verdict.state == "unverified"
     path, _ = lowered_now(run, "auto")
@@ -211,10 +211,12 @@ def test_what_was_lowered_is_taken_again_until_the_plan_changes(run: Path, monke
 
 def test_times_of_a_gpu_are_for_backends_that_use_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering_.cuda, "facts", lambda: {"gpu": "one of ours"})
-    for there, device in ((True, "one of ours"), (False, "cpu")):
+    cpu = calibrate.device_name("cpu")
+    assert cpu.startswith(f"cpu {machine.environment()['cpu']} ")
+    for there, device in ((True, "one of ours"), (False, cpu)):
         monkeypatch.setattr(lowering_.cuda, "available", lambda there=there: there)
         found = {name: lowering_._device(backends.find(name)) for name in ("ort-cpu", "openvino", "ort-cuda", "torch")}
-        assert found == {"ort-cpu": "cpu", "openvino": "cpu", "ort-cuda": device, "torch": device}
+        assert found == {"ort-cpu": cpu, "openvino": cpu, "ort-cuda": device, "torch": device}
 
 
 def test_auto_knows_nothing_changes_nothing_and_says_so(run: Path) -> None:

@@ -319,7 +319,7 @@ def needed(
     made = plan(
         seen.sites,
         kind,
-        device="cpu" if device == "cpu" else _device(kind),
+        device=calibrating.device_name("cpu") if device == "cpu" else _device(kind),
         precision=seen.precision,
         batch=batch,
         form=seen.form,
@@ -493,7 +493,7 @@ def _bytes(source: Path) -> int:
 
 def _device(kind: type[Backend]) -> str:
     """Return what calibrations call the device that a backend runs on here."""
-    return "cpu" if kind.cpu_only or not cuda.available() else cuda.facts()["gpu"]
+    return calibrating.device_name("cpu" if kind.cpu_only or not cuda.available() else "cuda")
 
 
 def _name(source: Path, made: Plan) -> str:
