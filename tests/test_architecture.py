@@ -222,6 +222,7 @@ def test_the_commands_are_those_that_are_promised() -> None:
             "bench",
             "build",
             "compare",
+            "demo",
             "deploy",
             "doctor",
             "erf",
@@ -248,7 +249,8 @@ def test_a_command_has_its_function_its_page_and_its_tests(command: str) -> None
     assert inspect.isfunction(function)
     assert function.__module__.startswith(home.__name__)
     assert function.__doc__
-    assert command == "deploy" or any((PACKAGE / p).is_file() for p in (f"{command}.py", f"{command}/__init__.py"))
+    modules = (f"{command}.py", f"{command}/__init__.py")
+    assert command in {"demo", "deploy"} or any((PACKAGE / p).is_file() for p in modules)
     assert f"\n## {command}\n" in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     tests = ROOT / "tests" / f"test_{TESTED_IN.get(command, command)}.py"
     assert tests.is_file(), f"{tests.name} is missing"
