@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-gpu docs fmt figures benchmarks clean
+.PHONY: demo test test-slow test-gpu docs fmt figures example benchmarks clean
 
 demo: $(STAMP)  ## take the trained demo checkpoint through the whole chain
 	$(BIN)/replk demo
@@ -32,6 +32,12 @@ figures: $(STAMP)  ## redraw the pictures of the documentation
 	$(BIN)/python docs/figures/fusion.py
 	$(BIN)/python docs/figures/lowering.py
 	$(BIN)/python docs/figures/throughput.py
+
+example: $(STAMP)  ## make the report in docs/examples again; wants a quiet machine
+	$(BIN)/replk deploy models/digits.pth --data models/digits-test.npz --precision fp32 --precision fp16 \
+	  --backend ort-cpu --backend openvino --backend torch --bench-batch 1 --bench-batch 4 --bench-batch 16 --max-seconds 6
+	$(BIN)/replk profile --backend torch --json replk-out/$$(cat replk-out/latest)/results/profile.json
+	$(BIN)/replk report --html docs/examples/digits.html --markdown docs/examples/digits.md
 
 benchmarks: $(STAMP)  ## measure again what docs/benchmarks holds; needs a quiet machine
 	$(BIN)/python benchmarks/commands.py

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import replk_deploy
 from replk_deploy import cli, pipeline
 from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.models.replknet import RepLKGeometry
 from replk_deploy.report import facts, forms, sections
 from tests import networks
 
@@ -28,17 +29,26 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
 )
 PHONE = 390
+TINY = RepLKGeometry(
+    channels=(4, 6), depths=(1, 1), kernels=(13, 7), small=3, dw_channels=(4, 6), ffn_channels=(8, 12), classes=10
+)
 
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with an export, a latency and a receptive field; never change it."""
     root = tmp_path_factory.mktemp("report")
-    path = networks.save_as_trained(networks.trained(), root / "best.pth", crop_pct=1.0)
+    path = networks.save_as_trained(networks.trained(TINY), root / "best.pth", crop_pct=1.0)
     with pytest.MonkeyPatch.context() as patch:
         networks.shorten_timing(patch)
         done = pipeline.deploy(path, root=root / "out", backends=("ort-cpu",), batches=(1, 2), max_seconds=0.01)
     return done.folder
+
+
+@pytest.fixture(scope="module")
+def whole(deployed: Path) -> str:
+    """Its page."""
+    return (deployed / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -89,14 +99,14 @@ def tables(text: str) -> list[list[list[str]]]:
     return [t for t in found if t]
 
 
-def test_all_forms_hold_the_numbers_of_the_records(run: Path) -> None:
+def test_all_forms_hold_the_numbers_of_the_records(run: Path, whole: str) -> None:
     report = facts.read([run])
     fused = json.loads((run / "results" / "fused.safetensors.json").read_text())
     bench = json.loads((run / "results" / "bench.json").read_text())
     said = [f"{a['rel_l2']:.1e}" for a in fused["proof"]["agreements"]]
     said += [f"{a['worst']:.2f}" for a in fused["proof"]["agreements"]]
     said += [f"{row['p50_ms']['value']:.3f}" for row in bench["rows"]]
-    page, text = Words(forms.html(report)), forms.markdown(report)
+    page, text = Words(whole), forms.markdown(report)
     for number in said:
         assert any(number in cell for cell in page.cells)
         assert number in text
@@ -130,9 +140,10 @@ def test_the_json_has_the_published_schema(run: Path) -> None:
 
 
 def test_the_same_records_give_the_same_text(run: Path) -> None:
-    first, second = facts.read([run]), facts.read([run])
-    for form in (forms.html, forms.markdown, forms.as_json):
-        assert form(first) == form(second)
+    before = {p.name: p.read_bytes() for p in run.glob("report.*")}
+    assert set(before) == {"report.html", "report.md", "report.json"}
+    pipeline.report([run])
+    assert {p.name: p.read_bytes() for p in run.glob("report.*")} == before
 
 
 @pytest.mark.parametrize(
@@ -212,7 +223,7 @@ def test_a_failing_proof_is_told_first_in_every_form(run: Path, error: Any) -> N
 def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "out" / "other"))
     failed(other)
-    report = pipeline.report([run, other], html=tmp_path / "both.html")
+    report = pipeline.report([run, other], markdown=tmp_path / "both.md")
     assert (report.state, [r.state for r in report.runs]) == ("rejected", ["pass", "rejected"])
     first = sections.sections(report)[0]
     assert first.title == "Side by side"
@@ -237,9 +248,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert "not a run folder" in done.output
 
 
-def test_the_page_needs_nothing_but_itself(run: Path) -> None:
-    page = forms.html(facts.read([run]))
-    parsed = Words(page)
+def test_the_page_needs_nothing_but_itself(whole: str) -> None:
+    parsed, page = Words(whole), whole
     assert not [tag for tag, _ in parsed.tags if tag in {"script", "iframe", "object"}]
     fetched = [v for _, attrs in parsed.tags for k, v in attrs.items() if k in {"src", "href", "xlink:href"} and v]
     assert all(v.startswith(("#", "data:")) for v in fetched)
@@ -250,9 +260,9 @@ def test_the_page_needs_nothing_but_itself(run: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None and not REQUIRED, reason="no chromium: apt-get install chromium")
-def test_a_browser_shows_it_without_complaint_and_within_a_phone(run: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_it_without_complaint_and_within_a_phone(whole: str, tmp_path: Path) -> None:
     assert BROWSER, "REPLK_REQUIRE_BROWSER is set and there is no chromium"
-    page = forms.html(facts.read([run]))
+    page = whole
     probe = """<body><iframe id=f style="width:%dpx;height:900px;border:0"></iframe><pre id=out></pre><script>
     f.srcdoc = %s; f.onload = () => { const d = f.contentDocument;
     const wide = [...d.querySelectorAll("main *")].filter(e => !e.closest(".wide table, pre, svg") &&
@@ -267,8 +277,7 @@ def test_a_browser_shows_it_without_complaint_and_within_a_phone(run: Path, tmp_
     found = json.loads(re.search(r'<pre id="out">(.*?)</pre>', done.stdout)[1])
     assert found["pictures"] == page.count("<svg ")
     assert found | {"pictures": 0} == {"scroll": PHONE, "wide": [], "flat": 0, "pictures": 0}
-    assert "CONSOLE" not in browse(tmp_path, "--dump-dom", "page.html").stderr
-    browse(tmp_path, f"--screenshot={tmp_path / 'page.png'}", "page.html")
+    assert "CONSOLE" not in browse(tmp_path, f"--screenshot={tmp_path / 'page.png'}", "page.html").stderr
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 

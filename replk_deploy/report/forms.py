@@ -23,7 +23,7 @@ from replk_deploy.report.sections import (
     title_of,
 )
 
-NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?[%xGM]?| \[.*\])?$|–$|nan$|inf$|$")
+NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?[%xGM]?| \[.*\])?$|–$|n/a.*$|nan$|inf$|$")
 HASH = re.compile(r"[0-9a-f]{40,64}(-dirty)?$")
 STATES = {word: state for state, word in WORDS.items()}
 BULKY = ("samples_ms", "blocks", "windows", "gpu_ms", "enqueue_ms", "flags", "warmup", "pace")

@@ -1,7 +1,9 @@
 """A report → its sections: words, tables and pictures, the same for every form it is written in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from replk_deploy import charts
@@ -44,9 +46,9 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A picture, and what it shows in words."""
+    """A picture, drawn where a form shows it, and what it shows in words."""
 
-    svg: str
+    svg: Callable[[], str]
     words: str
 
 
@@ -125,7 +127,8 @@ def _side_by_side(report: Report) -> Iterator[Part]:
     yield Table(head=head, rows=tuple(rows))
     if points or lines:
         yield Chart(
-            charts.peers(points, lines), "Accuracy against latency; dashed: networks whose accuracy is not known."
+            partial(charts.peers, points, lines),
+            "Accuracy against latency; dashed: networks whose accuracy is not known.",
         )
     machines = {tuple(run.bench["environment"].get(k) for k in ("cpu", "gpu")) for run in report.runs if run.bench}
     if len(machines) > 1:
@@ -143,12 +146,14 @@ def _proof(run: Run) -> Iterator[Part]:
     )
     rows = []
     for step in run.steps:
-        rows.append((step.file, step.by, "", "", "" if step.worst is None else f"{step.worst:.2f}", WORDS[step.state]))
-        rows += [("", c.name, f"{c.error:.1e}", f"{c.gate:.1e}", f"{c.share:.2f}", WORDS[c.state]) for c in step.checks]
-    yield Table(head=("file", "judged", "rel. L2", "gate", "share", "verdict"), rows=tuple(rows))
-    drawn = [(f"{_short(s.file)} · {c.name}", c.error, c.gate) for s in run.steps for c in s.checks]
+        rows.append((step.file, WORDS[step.state], "" if step.worst is None else f"{step.worst:.2f}", "", ""))
+        rows += [
+            (f"– {c.name}", WORDS[c.state], f"{c.share:.2f}", f"{c.error:.1e}", f"{c.gate:.1e}") for c in step.checks
+        ]
+    yield Table(head=("file and comparison", "verdict", "share", "rel. L2", "gate"), rows=tuple(rows))
+    drawn = [(_short(f"{Path(s.file).stem} · {c.name}"), c.error, c.gate) for s in run.steps for c in s.checks]
     if drawn:
-        yield Chart(charts.errors(drawn), "The error of every comparison, and its gate.")
+        yield Chart(partial(charts.errors, drawn), "The error of every comparison, and its gate.")
     for step in run.steps:
         if step.state != "pass":
             yield Doubt(f"{step.file}: {step.why}")
@@ -171,7 +176,7 @@ def _blocks(run: Run) -> Iterator[Part]:
 
 
 def _per_block(rows: Sequence[tuple[str, float, float]]) -> Chart:
-    return Chart(charts.errors(rows), "The error of every block alone, and its gate.")
+    return Chart(partial(charts.errors, rows), "The error of every block alone, and its gate.")
 
 
 def _accuracy(run: Run) -> Iterator[Part]:
@@ -211,7 +216,7 @@ def _latency(run: Run) -> Iterator[Part]:
         f" {run.bench['baseline']}."
     )
     drawn = [(row["name"], row["samples_ms"], _marks(row["p50_ms"]), _marks(row["p99_ms"])) for row in timed]
-    yield Chart(charts.latencies(drawn), "All samples of every row (heights are square roots of counts).")
+    yield Chart(partial(charts.latencies, drawn), "All samples of every row (heights are square roots of counts).")
     series: dict[str, list[tuple[int, float]]] = {}
     for row in timed:
         graph = " graph" if row["contract"]["cuda_graph"] else ""
@@ -221,7 +226,7 @@ def _latency(run: Run) -> Iterator[Part]:
     curves = [(name, sorted(points)) for name, points in series.items()]
     if any(len(points) > 1 for _, points in curves):
         yield Chart(
-            charts.throughput(curves),
+            partial(charts.throughput, curves),
             "Images a second against batch: measured with work in flight on a GPU, batch over median elsewhere.",
         )
     for row in timed:
@@ -248,7 +253,9 @@ def _layers(run: Run) -> Iterator[Part]:
         batch = profile["shape"][0]
         yield Words(f"{profile['backend']} {profile['precision']}, batch {batch}. {profile['sentence']}")
         yield Chart(
-            charts.layers([(_short(x["name"]), x["ms"]["value"], x["attainable_ms"], x["large"]) for x in slowest]),
+            partial(
+                charts.layers, [(_short(x["name"]), x["ms"]["value"], x["attainable_ms"], x["large"]) for x in slowest]
+            ),
             f"The {len(slowest)} slowest of {len(profile['layers'])} layers.",
         )
         rows = tuple(
@@ -274,7 +281,7 @@ def _receptive(run: Run) -> Iterator[Part]:
         f" {height}x{width} ({run.erf['shown']}). Fusion moved the map by {run.erf['apart']:.1e}."
     )
     yield Chart(
-        charts.fields([(f["network"], f["cells"]) for f in run.erf["fields"]]),
+        partial(charts.fields, [(f["network"], f["cells"]) for f in run.erf["fields"]]),
         "Effective receptive field as trained and as fused.",
     )
     rows = tuple(
@@ -349,5 +356,5 @@ def interval(quantile: Record, *, digits: int = 3) -> str:
 
 def _short(name: str) -> str:
     """Shorten a name for the side of a picture."""
-    most = 30
+    most = 34
     return name if len(name) <= most else f"…{name[1 - most :]}"
