@@ -357,4 +357,4 @@ def interval(quantile: Record, *, digits: int = 3) -> str:
 def _short(name: str) -> str:
     """Shorten a name for the side of a picture."""
     most = 34
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
