@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-gpu fmt figures benchmarks clean
+.PHONY: demo test test-slow test-gpu docs fmt figures benchmarks clean
 
 demo: $(STAMP)  ## take the trained demo checkpoint through the whole chain
 	$(BIN)/replk deploy models/digits.pth --data models/digits-test.npz --precision fp32 --precision fp16
@@ -20,6 +20,9 @@ test-slow: $(STAMP)  ## full-size checkpoints through the chain, many minutes
 
 test-gpu: $(STAMP)  ## our kernels on an NVIDIA GPU, two minutes; nothing is skipped there
 	$(BIN)/python -m pytest -m gpu
+
+docs: $(STAMP)  ## the site, in build/docs/index.html; any doubt is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs build/docs
 
 fmt: $(STAMP)
 	$(BIN)/ruff format .

@@ -145,7 +145,7 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
     steps = {step["name"]: step for step in action["runs"]["steps"]}
     given = {name: field.get("default", "") for name, field in action["inputs"].items()}
     given |= {"checkpoint": str(checkpoints[0]), "backends": "ort-cpu", "size": "64"}
-    (tmp_path / "replk.toml").write_text("[deploy]\nmax-seconds = 0.5\n")
+    (tmp_path / "replk.toml").write_text("[deploy]\nmax-seconds = 3\n")
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "replk"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
