@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 .PHONY: demo test test-slow test-gpu docs fmt figures benchmarks clean
 
 demo: $(STAMP)  ## take the trained demo checkpoint through the whole chain
-	$(BIN)/replk deploy models/digits.pth --data models/digits-test.npz --precision fp32 --precision fp16
+	$(BIN)/replk demo
 	if $(BIN)/python -c "import importlib.util as u, sys; sys.exit(not u.find_spec('tensorrt_rtx'))"; then \
 	  $(BIN)/replk build --backend trt-rtx; fi
 

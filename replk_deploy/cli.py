@@ -537,20 +537,21 @@ def deploy(
             progress=progress,
         )
         tell(ci.of_deployment(records.plain(done)))
+    _deployed(done, "deploy", as_json)
 
-    def words() -> None:
-        render.inspection(done.inspection)
-        render.chain(done)
-        if done.accuracy:
-            render.accuracy(done.accuracy)
-        if done.timed:
-            render.latency(done.timed)
-        if done.reused:
-            render.out.print(f"taken from the run as it was: {', '.join(done.reused)}")
 
-    last = f"deploy {done.inspection.checkpoint.label} · {done.folder}/report.md"
-    render.show(done, words, last, done.state, as_json=as_json)
-    _exit(done.state)
+@app.command()
+def demo(
+    *,
+    max_seconds: Annotated[float, typer.Option(help="Cap on the timed part, per backend and batch.")] = 20.0,
+    as_json: Json = None,
+) -> None:
+    """Do it all on a small trained network that comes with the program, with accuracy at each step."""
+    from replk_deploy import pipeline
+
+    with render.bars() as progress:
+        done = pipeline.demo(max_seconds=max_seconds, progress=progress)
+    _deployed(done, "demo", as_json)
 
 
 @app.command()
@@ -600,6 +601,22 @@ def _told(suite: str, junit: Path | None, *, github: bool) -> Iterator[Callable[
     except ReplkError as exc:
         tell((ci.Case(name=suite, found="", failure=str(exc)),))
         raise
+
+
+def _deployed(done: Any, command: str, as_json: Path | None) -> None:
+    def words() -> None:
+        render.inspection(done.inspection)
+        render.chain(done)
+        if done.accuracy:
+            render.accuracy(done.accuracy)
+        if done.timed:
+            render.latency(done.timed)
+        if done.reused:
+            render.out.print(f"taken from the run as it was: {', '.join(done.reused)}")
+
+    last = f"{command} {done.inspection.checkpoint.label} · {done.folder}/report.md"
+    render.show(done, words, last, done.state, as_json=as_json)
+    _exit(done.state)
 
 
 def _finish(made: Any, words: Any, what: str, as_json: Path | None) -> None:

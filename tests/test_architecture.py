@@ -218,6 +218,7 @@ def test_the_commands_are_those_that_are_promised() -> None:
             "bench",
             "build",
             "compare",
+            "demo",
             "deploy",
             "doctor",
             "export",
@@ -242,7 +243,7 @@ def test_a_command_has_its_function_its_page_and_its_tests(command: str) -> None
     assert inspect.isfunction(function)
     assert function.__module__.startswith(home.__name__)
     assert function.__doc__
-    assert command == "deploy" or (PACKAGE / f"{command}.py").is_file()
+    assert command in {"demo", "deploy"} or (PACKAGE / f"{command}.py").is_file()
     assert f"\n## {command}\n" in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     tests = ROOT / "tests" / f"test_{TESTED_IN.get(command, command)}.py"
     assert tests.is_file(), f"{tests.name} is missing"

@@ -9,6 +9,7 @@ A file gets its final name only after its proof. One that fails is kept apart, u
 from replk_deploy.pipeline.benching import Benched, bench
 from replk_deploy.pipeline.building import Built, build
 from replk_deploy.pipeline.comparing import compare
+from replk_deploy.pipeline.demonstrating import demo
 from replk_deploy.pipeline.deploying import Deployment, deploy
 from replk_deploy.pipeline.exporting import Exported, export
 from replk_deploy.pipeline.fusing import Fused, fuse
@@ -28,6 +29,7 @@ __all__ = [
     "build",
     "calibrate",
     "compare",
+    "demo",
     "deploy",
     "export",
     "export_lowered",
