@@ -535,14 +535,15 @@ def report(
     *,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="One self-contained page.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="For a pull request.")] = None,
+    junit: Junit = None,
     as_json: Json = None,
 ) -> None:
     """Write what runs vouch for as one page, Markdown or JSON."""
     from replk_deploy import pipeline
     from replk_deploy.report import forms
 
-    found = pipeline.report(tuple(runs or ()), html=html, markdown=markdown, json=as_json)
-    places = [str(p) for p in (html, markdown, as_json) if p] or [f"{found.runs[0].name}/report.html"]
+    found = pipeline.report(tuple(runs or ()), html=html, markdown=markdown, junit=junit, json=as_json)
+    places = [str(p) for p in (html, markdown, junit, as_json) if p] or [f"{found.runs[0].name}/report.html"]
     console = render.out
     if str(as_json) == "-":
         render.document(forms.as_json(found))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import jsonschema
 import pytest
@@ -200,8 +201,10 @@ def failed(run: Path, error: Any = 3.0) -> None:
 @pytest.mark.parametrize("error", [3.0, "nan"])
 def test_a_failing_proof_is_told_first_in_every_form(run: Path, error: Any) -> None:
     failed(run, error)
+    places = ["--junit", str(run / "a.xml")]
     done = CliRunner().invoke(
-        cli.app, ["report", str(run), "--html", str(run / "a.html"), "--markdown", str(run / "a.md"), "--json", "-"]
+        cli.app,
+        ["report", str(run), *places, "--html", str(run / "a.html"), "--markdown", str(run / "a.md"), "--json", "-"],
     )
     assert done.exit_code == 3, done.output
     stored = json.loads(done.stdout)
@@ -212,6 +215,9 @@ def test_a_failing_proof_is_told_first_in_every_form(run: Path, error: Any) -> N
     assert next(w for w in page.all if w.strip() in sections.WORDS.values()) == "FAIL"
     assert "FAIL" in page.cells
     assert any("<b>wrong</b>" in word for word in page.all), "words of a record are words, not markup"
+    suite = ET.parse(run / "a.xml").getroot()  # ours
+    failures = {case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None}
+    assert failures == {f"{run.name}: model.fp32.onnx", f"{run.name}: model.fp32.onnx: checkpoint"}
     text = (run / "a.md").read_text()
     assert text.splitlines()[0].endswith(": rejected")
     assert "**FAIL**" in text

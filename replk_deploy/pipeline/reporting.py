@@ -1,12 +1,13 @@
-"""`replk report`: run folders → HTML, Markdown and JSON; all is read before anything is written."""
+"""`replk report`: run folders → HTML, Markdown, JUnit and JSON; all is read before anything is written."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from replk_deploy import files
+from replk_deploy import ci, files
+from replk_deploy.ci import Case
 from replk_deploy.errors import ReplkError
 from replk_deploy.report import facts, forms
-from replk_deploy.report.facts import Report
+from replk_deploy.report.facts import Report, Run
 from replk_deploy.workspace import ROOT, Workspace
 
 
@@ -15,6 +16,7 @@ def report(
     *,
     html: Path | None = None,
     markdown: Path | None = None,
+    junit: Path | None = None,
     json: Path | None = None,
     root: Path = ROOT,
 ) -> Report:
@@ -31,15 +33,34 @@ def report(
     if doubled:
         raise ReplkError(f"{doubled[0]} is named twice", "name each run once")
     found = facts.read(folders)
-    if html is None and markdown is None and json is None:
+    if not any((html, markdown, junit, json)):
         if len(folders) > 1:
             raise ReplkError("a report of several runs belongs to none of them", "name its place: --html report.html")
         write(found, folders[0])
         return found
-    texts = [(html, forms.html), (markdown, forms.markdown), (json, forms.as_json)]
+    texts = [(html, forms.html), (markdown, forms.markdown), (junit, _junit), (json, forms.as_json)]
     for path, text in [(path, form(found)) for path, form in texts if path and str(path) != "-"]:
         files.write_text(path, text)
     return found
+
+
+def _junit(found: Report) -> str:
+    return ci.junit("report", [case for run in found.runs for case in cases(run)])
+
+
+def cases(run: Run) -> tuple[Case, ...]:
+    """Return a case for each comparison and each file of a run, and one for what ended it early."""
+    made = []
+    for step in run.steps:
+        name = f"{run.name}: {step.file}"
+        for check in step.checks:
+            said = f"{check.error:.1e} off, gate {check.gate:.1e}, {check.share:.2f} of the allowance"
+            bad = said if check.state == "rejected" else ""
+            made.append(Case(name=f"{name}: {check.name}", found=said, failure=bad))
+        made.append(Case(name=name, found=f"{step.state}: {step.why}", failure=step.why * (step.state == "rejected")))
+    if run.problem:
+        made.append(Case(name=run.name, found="", failure=run.problem))
+    return tuple(made)
 
 
 def write(found: Report, folder: Path) -> None:

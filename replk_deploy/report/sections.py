@@ -229,9 +229,11 @@ def _latency(run: Run) -> Iterator[Part]:
             partial(charts.throughput, curves),
             "Images a second against batch: measured with work in flight on a GPU, batch over median elsewhere.",
         )
+    doubts: dict[str, list[str]] = {}
     for row in timed:
         for doubt in row["unstable"]:
-            yield Doubt(f"{row['name']}: {doubt}")
+            doubts.setdefault(doubt, []).append(row["name"])
+    yield from (Doubt(f"{', '.join(names)}: {doubt}") for doubt, names in doubts.items())
     known = {step.sha256 for step in run.steps}
     for row in timed:
         if row["facts"].get("sha256") not in {None, *known}:
