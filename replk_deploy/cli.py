@@ -488,6 +488,59 @@ def doctor(*, as_json: Json = None) -> None:
 
 
 @app.command()
+def erf(
+    checkpoint: Checkpoint,
+    *,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Draw it here: a .svg file.")] = None,
+    weights: Weights = "model",
+    head: Head = None,
+    size: Size = None,
+    data: Annotated[Path | None, typer.Option(help="Pictures, as in deploy; without them, seeded noise.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many to average over.")] = 8,
+    as_json: Json = None,
+) -> None:
+    """Measure the effective receptive field, as trained and as fused."""
+    from replk_deploy import pipeline
+
+    with render.bars() as progress:
+        found = pipeline.erf(
+            checkpoint,
+            output=output,
+            source=options.source_of(weights),
+            head=head,
+            size=options.size_of(size),
+            data=data,
+            count=images,
+            progress=progress,
+        )
+    half = next(s for s in found.fields[-1].squares if s.share == 0.5)  # noqa: PLR2004  # of the paper's shares
+    last = f"erf {found.label}: half of it in {half.area:.1%} of the image, trained and fused {found.apart:.1e} apart"
+    render.show(found, lambda: render.receptive(found), last, "pass", as_json=as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; by default the latest run.")] = None,
+    *,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="One self-contained page.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="For a pull request.")] = None,
+    as_json: Json = None,
+) -> None:
+    """Write what runs vouch for as one page, Markdown or JSON."""
+    from replk_deploy import pipeline
+    from replk_deploy.report import forms
+
+    found = pipeline.report(tuple(runs or ()), html=html, markdown=markdown, json=as_json)
+    places = [str(p) for p in (html, markdown, as_json) if p] or [f"{found.runs[0].name}/report.html"]
+    console = render.out
+    if str(as_json) == "-":
+        render.document(forms.as_json(found))
+        console = render.err
+    render.verdict(found.state, f"report {', '.join(run.name for run in found.runs)} · {', '.join(places)}", console)
+    _exit(found.state)
+
+
+@app.command()
 def deploy(
     checkpoint: Checkpoint,
     *,
@@ -574,7 +627,7 @@ def _deployed(done: Any, command: str, as_json: Path | None) -> None:
         if done.reused:
             render.out.print(f"taken from the run as it was: {', '.join(done.reused)}")
 
-    last = f"{command} {done.inspection.checkpoint.label} · {done.folder}/report.md"
+    last = f"{command} {done.inspection.checkpoint.label} · {done.folder}/report.html"
     render.show(done, words, last, done.state, as_json=as_json)
     _exit(done.state)
 

@@ -344,6 +344,20 @@ def accuracy(steps: Sequence[Any]) -> None:
     out.print(table)
 
 
+def receptive(found: Any) -> None:
+    """Print how much of an image holds how much of the receptive field."""
+    table = _table("network", *(f"{s.share:.0%} in" for s in found.fields[0].squares), title="receptive field")
+    for field in found.fields:
+        table.add_row(field.network, *(f"{s.height}x{s.width} = {s.area:.1%}" for s in field.squares))
+    out.print(table)
+    out.print(f"over {found.images} images of {found.size[0]}x{found.size[1]}: {escape(found.shown)}")
+
+
+def document(text: str) -> None:
+    """Write a whole document to stdout, as it is."""
+    sys.stdout.write(text)
+
+
 def chain(done: Any) -> None:
     """Print the steps of a run, each with its error and verdict."""
     table = _table("file", "rel. L2", "limit", "share", "verdict", title="proof, against float64")

@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 LAYERS: list[set[str]] = [
     {"errors"},
     {"precision", "progress", "records", "files", "optional", "batch", "forms", "config", "advice"},
-    {"models", "preprocess", "onednn", "tf32", "quantiles", "clocks", "machine", "metadata"},
+    {"models", "preprocess", "onednn", "tf32", "quantiles", "clocks", "machine", "metadata", "charts"},
     {"weights", "graph", "container", "measurement"},
     {"lowerings", "kernels"},
     {"backends"},
@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
         "roofline",
         "sites",
         "profile",
+        "erf",
         "doctor",
     },
     {"proof"},
@@ -69,6 +70,7 @@ WITHIN = {  # who may import whom in its own layer, and why
     ("advice", "records"): "the manifest of a run",
     ("publish", "workspace"): "places a file in a run",
     ("sources", "workspace"): "finds a file in a run",
+    ("report", "workspace"): "a run is what it reads",
 }
 ONLY = {  # package → the modules that may import it
     "typer": {"cli", "options"},
@@ -82,6 +84,8 @@ ONLY = {  # package → the modules that may import it
     "timm": {"models/baselines"},
     "PIL": {"images", "preprocess"},
     "scipy": {"costs", "quantiles"},
+    "matplotlib": {"charts"},
+    "jinja2": {"report/forms"},
     "psutil": {"machine"},
     "pynvml": {"clocks"},
     "filelock": {"workspace"},
@@ -221,11 +225,13 @@ def test_the_commands_are_those_that_are_promised() -> None:
             "demo",
             "deploy",
             "doctor",
+            "erf",
             "export",
             "fuse",
             "inspect",
             "lower",
             "profile",
+            "report",
             "selftest",
             "verify",
         ),
@@ -243,7 +249,8 @@ def test_a_command_has_its_function_its_page_and_its_tests(command: str) -> None
     assert inspect.isfunction(function)
     assert function.__module__.startswith(home.__name__)
     assert function.__doc__
-    assert command in {"demo", "deploy"} or (PACKAGE / f"{command}.py").is_file()
+    modules = (f"{command}.py", f"{command}/__init__.py")
+    assert command in {"demo", "deploy"} or any((PACKAGE / p).is_file() for p in modules)
     assert f"\n## {command}\n" in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     tests = ROOT / "tests" / f"test_{TESTED_IN.get(command, command)}.py"
     assert tests.is_file(), f"{tests.name} is missing"

@@ -299,7 +299,7 @@ def test_already_fused_is_said(folder: Path) -> None:
 def test_deploy_shows_the_whole_chain() -> None:
     done = ask("deploy", "ckpt.pth", "--backend", "ort-cpu", "--max-seconds", "0.01", "--size", "64")
     assert done.exit_code == 0
-    assert re.fullmatch(r"PASS deploy RepLKNet-test · replk-out/[\w-]+/report\.md", last(done.stdout))
+    assert re.fullmatch(r"PASS deploy RepLKNet-test · replk-out/[\w-]+/report\.html", last(done.stdout))
     for part in ("fused.safetensors", "model.fp32.onnx", "large kernels", "latency", "taken from the run as it was"):
         assert part in done.stdout
 

@@ -552,7 +552,7 @@ def test_a_wrong_answer_ends_a_deploy_as_rejected(
         deploy(path, root, backends=("torch",))
     report = json.loads((folder / "report.json").read_text())
     assert report["state"] == "rejected"
-    assert "torch answers wrongly" in report["problem"]
+    assert "torch answers wrongly" in report["runs"][0]["problem"]
     assert "rejected" in (folder / "report.md").read_text().splitlines()[0]
 
 
@@ -774,8 +774,8 @@ def test_deploy_proves_counts_times_and_reports(
         assert (step["correct"], step["images"], step["same_as_first"]) == (data[1], 40, 40)
     assert [r["backend"] for r in done.bench["bench"]["rows"]] == ["ort-cpu"]
     report = json.loads((done.folder / "report.json").read_text())
-    assert (report["schema"], report["state"]) == ("replk.deployment/1", "pass")
-    assert report["fuse"]["verdict"]["state"] == report["exports"][0]["verdict"]["state"] == "pass"
+    assert (report["schema"], report["state"]) == ("replk.report/1", "pass")
+    assert [step["state"] for step in report["runs"][0]["steps"]] == ["pass", "pass"]
     text = (done.folder / "report.md").read_text()
     for part in (
         "RepLKNet-test: pass",

@@ -1,169 +1,285 @@
-"""The report is a function of the record alone, and its tables hold whatever the files are called."""
+"""The report says what the records say, in every form; records that do not agree with themselves are refused."""
 
-import copy
+import json
+import os
 import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+from typer.testing import CliRunner
 
-from replk_deploy import report
+import replk_deploy
+from replk_deploy import cli, pipeline
+from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.report import facts, forms, sections
+from tests import networks
 
-
-def agreement(name: str, state: str = "pass", worst: float = 0.25) -> dict[str, Any]:
-    return {
-        "name": name,
-        "rel_l2": 3.3e-7,
-        "worst": worst,
-        "state": state,
-        "bound": {"rel_l2": {"logits": 1e-6, "other": 2e-6}},
-    }
-
-
-def step(file: str, *rows: dict[str, Any], state: str = "pass", worst: float | None = 0.25) -> dict[str, Any]:
-    verdict = {"state": state, "worst": worst, "content": "ab" * 32, "why": "x"}
-    return {"file": file, "verdict": verdict, "proof": {"agreements": list(rows)} if rows else None}
-
-
-def layer(name: str, kernel: int) -> dict[str, Any]:
-    return {"name": name, "channels": 8, "kernel": kernel, "map": [16, 12], "macs": 2_000_000, "inside_macs": 500_000}
+SCHEMA = json.loads((Path(replk_deploy.__file__).parent / "schemas" / "report-1.json").read_text(encoding="utf-8"))
+REQUIRED = os.environ.get("REPLK_REQUIRE_BROWSER") == "1"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+)
+PHONE = 390
 
 
-def quantile(value: float) -> dict[str, Any]:
-    return {"value": value, "interval": [value - 0.5, value + 0.5]}
-
-
-def bench_row(backend: str, ratio: float | None) -> dict[str, Any]:
-    return {
-        "backend": backend,
-        "batch": 4,
-        "contract": {"precision": "fp32"},
-        "p50_ms": quantile(12.5),
-        "p90_ms": quantile(14.0),
-        "p99_ms": None,
-        "missing": {"p99_ms": "n/a (n=60, needs 500)"},
-        "ratio": None if ratio is None else {"median": quantile(ratio)},
-        "n": 60,
-        "unstable": ["time ran out"] if ratio else [],
-    }
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an export, a latency and a receptive field; never change it."""
+    root = tmp_path_factory.mktemp("report")
+    path = networks.save_as_trained(networks.trained(), root / "best.pth", crop_pct=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        networks.shorten_timing(patch)
+        done = pipeline.deploy(path, root=root / "out", backends=("ort-cpu",), batches=(1, 2), max_seconds=0.01)
+    return done.folder
 
 
 @pytest.fixture
-def run() -> dict[str, Any]:
-    return {
-        "state": "provisional",
-        "inspection": {
-            "checkpoint": {
-                "label": "RepLKNet-test",
-                "file": "best.pth",
-                "form": "training",
-                "wrapper": "model",
-                "warnings": ["it also holds averaged weights"],
-                "sha256": "cd" * 32,
-            },
-            "size": [64, 48],
-            "classes": 10,
-            "outputs": ["logits"],
-            "parameters": 1_234_567,
-            "fused_macs": 2_345_000_000,
-            "large": [layer("a", 31), layer("b", 31), layer("c", 13)],
-        },
-        "fuse": step("replk-out/x/fused.safetensors", agreement("poisoned, algebra"), agreement("checkpoint")),
-        "exports": [
-            step("replk-out/x/model.fp32.onnx", agreement("checkpoint", worst=0.31), worst=0.31),
-            step("replk-out/x/model.bf16.onnx", state="provisional", worst=None),
-        ],
-        "accuracy": [{"step": "trained", "top1": 0.925, "correct": 37, "images": 40, "same_as_first": 40}],
-        "problem": "",
-        "bench": {
-            "bench": {
-                "baseline": "torch",
-                "rows": [bench_row("torch", None), bench_row("ort-cpu", 0.75)],
-                "environment": {"cpu": "a processor", "torch": "2.13", "python": "3.11"},
-            },
-            "skipped": {"openvino": "openvino is not installed"},
-        },
-    }
+def run(deployed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(deployed, tmp_path / "out" / deployed.name))
+
+
+def change(path: Path, alter: Callable[[Any], None]) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    alter(record)
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+class Words(HTMLParser):
+    """The cells and all the words of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.inside = False
+        self.all: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag in {"td", "th"} or (tag == "code" and self.inside)
+        if tag in {"td", "th"}:
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in {"td", "th"}
+
+    def handle_data(self, data: str) -> None:
+        self.all.append(data)
+        if self.inside:
+            self.cells[-1] += data
 
 
 def tables(text: str) -> list[list[list[str]]]:
-    """Read Markdown tables as GitHub does: an escaped bar is a character."""
+    """Read Markdown tables as GitHub does: an escaped character is itself."""
     found: list[list[list[str]]] = [[]]
     for line in text.splitlines():
         if line.startswith("|"):
-            found[-1].append([c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]])
+            found[-1].append([re.sub(r"\\(.)", r"\1", c.strip()) for c in re.split(r"(?<!\\)\|", line)[1:-1]])
         elif found[-1]:
             found.append([])
     return [t for t in found if t]
 
 
-def test_every_fact_has_its_place(run: dict[str, Any]) -> None:
-    text = report.markdown(run)
-    assert text.startswith("# RepLKNet-test: provisional\n")
-    assert text.endswith("|\n")
-    proof, accuracy, latency, large, files = tables(text)
-    assert ["fused.safetensors", "poisoned, algebra", "3.3e-07", "2.0e-06", "0.25", "pass"] in proof
-    assert ["model.fp32.onnx", "**verdict**", "", "", "0.31", "**pass**"] in proof
-    assert ["model.bf16.onnx", "**verdict**", "", "", "", "**provisional**"] in proof
-    assert accuracy[2:] == [["trained", "92.50%", "37 of 40", "40 of 40"]]
-    assert latency[2][:4] == ["torch", "4", "fp32", "12.500 [12.000, 13.000]"]
-    assert [row[6] for row in latency[2:]] == ["baseline", "0.75 [0.25, 1.25]"]
-    assert [row[5] for row in latency[2:]] == ["n/a (n=60, needs 500)"] * 2
-    assert large[2:] == [
-        ["2", "31x31", "8", "16x12", "2.0", "25.0%"],
-        ["1", "13x13", "8", "16x12", "2.0", "25.0%"],
+def test_all_forms_hold_the_numbers_of_the_records(run: Path) -> None:
+    report = facts.read([run])
+    fused = json.loads((run / "results" / "fused.safetensors.json").read_text())
+    bench = json.loads((run / "results" / "bench.json").read_text())
+    said = [f"{a['rel_l2']:.1e}" for a in fused["proof"]["agreements"]]
+    said += [f"{a['worst']:.2f}" for a in fused["proof"]["agreements"]]
+    said += [f"{row['p50_ms']['value']:.3f}" for row in bench["rows"]]
+    page, text = Words(forms.html(report)), forms.markdown(report)
+    for number in said:
+        assert any(number in cell for cell in page.cells)
+        assert number in text
+    stored = json.loads(forms.as_json(report))
+    checks = stored["runs"][0]["steps"][0]["checks"]
+    assert [(c["error"], c["share"]) for c in checks] == [
+        (a["rel_l2"], a["worst"]) for a in fused["proof"]["agreements"]
     ]
-    assert files[2:] == [
-        ["best.pth", "checkpoint", f"`{'cd' * 32}`"],
-        ["fused.safetensors", "pass", f"`{'ab' * 32}`"],
-        ["model.fp32.onnx", "pass", f"`{'ab' * 32}`"],
-        ["model.bf16.onnx", "provisional", f"`{'ab' * 32}`"],
-    ]
-    for part in (
-        "1.23 M parameters, 2.345 GMAC fused at 64x48",
-        "> it also holds averaged weights",
-        "> ort-cpu, batch 4: time ran out",
-        "> openvino skipped: openvino is not installed",
-        "cpu a processor, torch 2.13, python 3.11.",
+    assert [r["p50_ms"] for r in stored["runs"][0]["bench"]["rows"]] == [r["p50_ms"] for r in bench["rows"]]
+    for written in sections.sections(report):
+        for part in written.parts:
+            if isinstance(part, sections.Table):
+                assert {cell for row in part.rows for cell in row} <= set(page.cells)
+                plain = [[cell.strip("*`") for cell in row] for table in tables(text) for row in table]
+                assert all(list(row) in plain for row in (part.head, *part.rows))
+
+
+def test_the_json_has_the_published_schema(run: Path) -> None:
+    written = json.loads(forms.as_json(facts.read([run])))
+    jsonschema.validate(written, SCHEMA)
+    for spoil in (
+        lambda r: r["runs"][0]["steps"][0].pop("worst"),
+        lambda r: r["runs"][0]["steps"][0].update(state="fine"),
+        lambda r: r.update(schema="replk.report/2"),
+        lambda r: r["runs"].clear(),
     ):
-        assert part in text
+        bad = json.loads(json.dumps(written))
+        spoil(bad)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(bad, SCHEMA)
 
 
-def test_the_same_record_gives_the_same_text_and_stays_as_it_was(run: dict[str, Any]) -> None:
-    before = copy.deepcopy(run)
-    assert report.markdown(run) == report.markdown(run)
-    assert run == before
+def test_the_same_records_give_the_same_text(run: Path) -> None:
+    first, second = facts.read([run]), facts.read([run])
+    for form in (forms.html, forms.markdown, forms.as_json):
+        assert form(first) == form(second)
 
 
-def test_what_was_not_done_is_not_there(run: dict[str, Any]) -> None:
-    text = report.markdown(run | {"accuracy": [], "bench": None, "exports": []})
-    assert "## Accuracy" not in text
-    assert "## Latency" not in text
-    assert "onnx" not in text
-    assert "## Proof" in text
+@pytest.mark.parametrize(
+    ("file", "alter"),
+    [
+        ("fused.safetensors.json", lambda r: r["proof"]["agreements"][0].update(rel_l2=1e-20)),
+        ("fused.safetensors.json", lambda r: r["proof"]["agreements"][0]["rows"][0].update(share=0.9)),
+        ("fused.safetensors.json", lambda r: r["verdict"].update(worst=0.001)),
+        ("model.fp32.onnx.json", lambda r: r["verdict"].update(state="provisional")),
+        ("model.fp32.onnx.json", lambda r: r.pop("proof")),
+        ("bench.json", lambda r: r["rows"][0]["p50_ms"].update(value=0.001)),
+        ("bench.json", lambda r: r.update(schema="replk.bench/99")),
+        ("erf.json", lambda r: r.update(schema="replk.erf/2")),
+        ("deployment.json", lambda r: r.pop("schema")),
+    ],
+)
+def test_an_altered_record_is_refused_and_the_old_report_stays(
+    run: Path, file: str, alter: Callable[[Any], None]
+) -> None:
+    change(run / "results" / file, alter)
+    before = {p.name: p.read_bytes() for p in run.glob("report.*")}
+    done = CliRunner().invoke(cli.app, ["report", str(run)])
+    assert done.exit_code == 6, done.output
+    assert "fix" in done.output
+    assert {p.name: p.read_bytes() for p in run.glob("report.*")} == before
 
 
-def test_a_rejected_run_says_so_first(run: dict[str, Any]) -> None:
-    bad = step("r/rejected/fused.safetensors", agreement("checkpoint", "rejected", 9e9), state="rejected", worst=9e9)
-    text = report.markdown(run | {"state": "rejected", "fuse": bad, "exports": [], "accuracy": [], "bench": None})
-    assert text.splitlines()[0] == "# RepLKNet-test: rejected"
-    assert ["fused.safetensors", "**verdict**", "", "", "9000000000.00", "**rejected**"] in tables(text)[0]
+@pytest.mark.parametrize("file", ["fused.safetensors", "model.fp32.onnx", "results/fused.safetensors.json"])
+def test_a_missing_file_is_refused(run: Path, file: str) -> None:
+    (run / file).unlink()
+    with pytest.raises(IntegrityError, match=r"is missing"):
+        facts.read([run])
 
 
-def test_a_backbone_has_feature_maps_for_classes(run: dict[str, Any]) -> None:
-    run["inspection"] |= {"classes": None, "outputs": ["stage0", "stage3"]}
-    assert "backbone (stage0, stage3)" in report.markdown(run)
+def test_an_altered_artefact_is_refused(run: Path) -> None:
+    with (run / "model.fp32.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(IntegrityError, match="hash differs"):
+        facts.read([run])
 
 
-@pytest.mark.parametrize("name", ["a|b.pth", "a||.pth", "|"])
-def test_a_bar_in_a_name_breaks_no_table(run: dict[str, Any], name: str) -> None:
-    run["inspection"]["checkpoint"]["file"] = name
-    run["fuse"]["proof"]["agreements"][0]["name"] = name
-    for table in tables(report.markdown(run)):
+def failed(run: Path, error: Any = 3.0) -> None:
+    """Let the run hold an export that was rejected."""
+    record = json.loads((run / "results" / "model.fp32.onnx.json").read_text())
+    judged = record["proof"]["agreements"][0]
+    judged["rows"][0] |= {"rel_l2": error, "share": 9.0 if error == 3.0 else "inf"}
+    judged |= {"rel_l2": error, "worst": 9.0 if error == 3.0 else "inf", "state": "rejected"}
+    worst = 9.0 if error == 3.0 else None
+    record["verdict"] |= {"state": "rejected", "worst": worst, "why": "logits | are <b>wrong</b>"}
+    (run / "rejected").mkdir()
+    (run / "rejected" / "model.fp32.onnx.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("error", [3.0, "nan"])
+def test_a_failing_proof_is_told_first_in_every_form(run: Path, error: Any) -> None:
+    failed(run, error)
+    done = CliRunner().invoke(
+        cli.app, ["report", str(run), "--html", str(run / "a.html"), "--markdown", str(run / "a.md"), "--json", "-"]
+    )
+    assert done.exit_code == 3, done.output
+    stored = json.loads(done.stdout)
+    jsonschema.validate(stored, SCHEMA)
+    assert stored["state"] == stored["runs"][0]["state"] == "rejected"
+    assert done.stderr.strip().splitlines()[-1].startswith("FAIL report")
+    page = Words((run / "a.html").read_text())
+    assert next(w for w in page.all if w.strip() in sections.WORDS.values()) == "FAIL"
+    assert "FAIL" in page.cells
+    assert any("<b>wrong</b>" in word for word in page.all), "words of a record are words, not markup"
+    text = (run / "a.md").read_text()
+    assert text.splitlines()[0].endswith(": rejected")
+    assert "**FAIL**" in text
+    assert "\\<b\\>" in text
+    for table in tables(text):
         assert {len(row) for row in table} == {len(table[0])}
 
 
-def test_values_that_json_does_not_have_are_texts_and_shown(run: dict[str, Any]) -> None:
-    """An error of NaN or infinity is stored as text: a report of a failure must not fail itself."""
-    run["fuse"] = step("x/fused.safetensors", agreement("checkpoint", "rejected"), state="rejected", worst=None)
-    run["fuse"]["proof"]["agreements"][0] |= {"rel_l2": "nan", "worst": "inf"}
-    assert ["fused.safetensors", "checkpoint", "nan", "2.0e-06", "inf", "rejected"] in tables(report.markdown(run))[0]
+def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "out" / "other"))
+    failed(other)
+    report = pipeline.report([run, other], html=tmp_path / "both.html")
+    assert (report.state, [r.state for r in report.runs]) == ("rejected", ["pass", "rejected"])
+    first = sections.sections(report)[0]
+    assert first.title == "Side by side"
+    assert [row[:2] for row in first.parts[0].rows] == [(run.name, "PASS"), ("other", "FAIL")]
+    with pytest.raises(ReplkError, match="twice"):
+        pipeline.report([run, run], html=tmp_path / "x.html")
+    with pytest.raises(ReplkError, match="none of them"):
+        pipeline.report([run, other])
+
+
+def test_a_place_that_cannot_be_written_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(cli.app, ["report", str(run), "--html", str(tmp_path / "file" / "r.html")])
+    assert done.exit_code == 2
+    assert "cannot be written" in done.output
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["report", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "not a run folder" in done.output
+
+
+def test_the_page_needs_nothing_but_itself(run: Path) -> None:
+    page = forms.html(facts.read([run]))
+    parsed = Words(page)
+    assert not [tag for tag, _ in parsed.tags if tag in {"script", "iframe", "object"}]
+    fetched = [v for _, attrs in parsed.tags for k, v in attrs.items() if k in {"src", "href", "xlink:href"} and v]
+    assert all(v.startswith(("#", "data:")) for v in fetched)
+    assert "@import" not in page
+    assert not re.findall(r"url\((?!#)", page)
+    ids = [attrs["id"] for _, attrs in parsed.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.skipif(BROWSER is None and not REQUIRED, reason="no chromium: apt-get install chromium")
+def test_a_browser_shows_it_without_complaint_and_within_a_phone(run: Path, tmp_path: Path) -> None:
+    assert BROWSER, "REPLK_REQUIRE_BROWSER is set and there is no chromium"
+    page = forms.html(facts.read([run]))
+    probe = """<body><iframe id=f style="width:%dpx;height:900px;border:0"></iframe><pre id=out></pre><script>
+    f.srcdoc = %s; f.onload = () => { const d = f.contentDocument;
+    const wide = [...d.querySelectorAll("main *")].filter(e => !e.closest(".wide table, pre, svg") &&
+      e.getBoundingClientRect().right > %d + 0.5).map(e => e.tagName);
+    const flat = [...d.querySelectorAll("figure svg")].filter(e => e.getBoundingClientRect().height < 50).length;
+    out.textContent = JSON.stringify({scroll: d.documentElement.scrollWidth, wide, flat,
+      pictures: d.querySelectorAll("figure svg").length}); }</script></body>"""
+    text = json.dumps(page).replace("</", "<\\/")
+    (tmp_path / "probe.html").write_text(probe % (PHONE, text, PHONE), encoding="utf-8")
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    done = browse(tmp_path, "--dump-dom", "probe.html")
+    found = json.loads(re.search(r'<pre id="out">(.*?)</pre>', done.stdout)[1])
+    assert found["pictures"] == page.count("<svg ")
+    assert found | {"pictures": 0} == {"scroll": PHONE, "wide": [], "flat": 0, "pictures": 0}
+    assert "CONSOLE" not in browse(tmp_path, "--dump-dom", "page.html").stderr
+    browse(tmp_path, f"--screenshot={tmp_path / 'page.png'}", "page.html")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def browse(folder: Path, what: str, page: str) -> subprocess.CompletedProcess[str]:
+    profile = folder / f"profile-{page}-{what[2:6]}"
+    command = [
+        BROWSER,
+        *FLAGS,
+        "--enable-logging=stderr",
+        f"--user-data-dir={profile}",
+        what,
+        f"file://{folder / page}",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -16,6 +16,8 @@ from replk_deploy.pipeline.fusing import Fused, fuse
 from replk_deploy.pipeline.inspecting import inspect
 from replk_deploy.pipeline.lowering import LoweredFile, calibrate, export_lowered, lower
 from replk_deploy.pipeline.profiling import profile
+from replk_deploy.pipeline.receptive import erf
+from replk_deploy.pipeline.reporting import report
 from replk_deploy.pipeline.verifying import verify
 
 __all__ = [
@@ -31,11 +33,13 @@ __all__ = [
     "compare",
     "demo",
     "deploy",
+    "erf",
     "export",
     "export_lowered",
     "fuse",
     "inspect",
     "lower",
     "profile",
+    "report",
     "verify",
 ]

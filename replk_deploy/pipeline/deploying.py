@@ -1,6 +1,7 @@
 """`replk deploy`: the whole chain, resumed where a run already vouches for a step."""
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from replk_deploy import checkpoint, files, images, records, sources, weights
 from replk_deploy import evaluate as evaluation
 from replk_deploy import inspect as inspection
 from replk_deploy import proof as proving
-from replk_deploy import report as reporting
 from replk_deploy import verify as verifying
 from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.bench import demand
@@ -21,13 +21,14 @@ from replk_deploy.container import Source
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.inspect import Inspection
 from replk_deploy.metadata import State
-from replk_deploy.pipeline import benching, entries, exporting, fusing
+from replk_deploy.pipeline import benching, entries, exporting, fusing, receptive, reporting
 from replk_deploy.pipeline.benching import Benched
 from replk_deploy.pipeline.exporting import Exported
 from replk_deploy.pipeline.fusing import Fused
 from replk_deploy.precision import Precision
 from replk_deploy.progress import Progress, silent
 from replk_deploy.records import live
+from replk_deploy.report import facts
 from replk_deploy.sources import FUSED
 from replk_deploy.workspace import ROOT, Workspace
 
@@ -36,7 +37,7 @@ from replk_deploy.workspace import ROOT, Workspace
 class Deployment:
     """A whole run: each step with its verdict, as it stands in the report.
 
-    `problem` says what ended it early; `wrong` whether that was a backend's wrong answer.
+    `problem` says what ended it early; `wrong` whether that was a backend's wrong answer; `command` repeats it all.
     """
 
     KIND: ClassVar[str] = "deployment"
@@ -53,6 +54,7 @@ class Deployment:
     reused: tuple[str, ...]
     problem: str
     wrong: bool
+    command: str
     timed: Benched | None = live()
 
     @property
@@ -60,8 +62,7 @@ class Deployment:
         """Return the worst verdict of the chain; a backend that answers wrongly is a rejection, too."""
         states = [step["verdict"]["state"] for step in (self.fuse, *self.exports)]
         states += ["rejected"] if self.wrong else []
-        order: tuple[State, ...] = ("rejected", "unverified", "provisional", "pass")
-        return next(s for s in order if s in states)
+        return facts.worst_of(states)
 
 
 def deploy(
@@ -144,13 +145,45 @@ def deploy(
         reused=tuple(reused),
         problem=str(failure) if failure else "" if passed or not sound else "nothing was timed: no export passed",
         wrong=isinstance(failure, MismatchError),
+        command=_command(
+            path,
+            {
+                "weights": source,
+                "head": head,
+                "precision": precisions,
+                "size": f"{seen.size[0]}x{seen.size[1]}",
+                "batch": batch,
+                "embed-preprocess": embed,
+                "backend": chosen,
+                "bench-batch": batches,
+                "max-seconds": max_seconds,
+                "data": data,
+            },
+        ),
         timed=timed,
     )
-    files.write_text(run.path("report.json"), records.to_json(done))
-    files.write_text(run.path("report.md"), reporting.markdown(records.plain(done)))
+    files.write_text(run.path("results/deployment.json"), records.to_json(done))
+    if sound:
+        field = receptive.of_networks(
+            loaded, weights.read(sources.fused_of(run))[0], size=seen.size, pictures=pictures, progress=progress
+        )
+        files.write_text(run.path("results/erf.json"), records.to_json(field))
+    reporting.write(facts.read([run.folder]), run.folder)
     if failure:
         raise failure
     return done
+
+
+def _command(path: Path, choices: Mapping[str, Any]) -> str:
+    """Write the line that repeats a deployment, with every choice that shaped it."""
+    words = ["replk", "deploy", str(path)]
+    for name, value in choices.items():
+        if isinstance(value, bool):
+            words += [f"--{name}"] if value else []
+        elif value is not None:
+            each = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+            words += [word for one in each for word in (f"--{name}", str(one))]
+    return shlex.join(words)
 
 
 def _accuracies(

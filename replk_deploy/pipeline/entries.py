@@ -41,6 +41,8 @@ def enter(
     if rejected:
         run.save()
     else:
+        for outdated in (name, f"{name}.json"):  # what was rejected under this name is answered
+            run.path(f"rejected/{outdated}").unlink(missing_ok=True)
         run.record(name, made_from=made_from, by=by, options=options, verdict=made.verdict)
     run.make_latest()
 
