@@ -2,13 +2,15 @@
 
 import signal
 import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
-from replk_deploy import __version__, advice, config, options, render
+from replk_deploy import __version__, advice, config, files, machine, options, records, render
 from replk_deploy.backends import BACKENDS
 from replk_deploy.batch import DYNAMIC
 from replk_deploy.batch import Batch as Range
@@ -21,8 +23,10 @@ from replk_deploy.options import (
     ConvSearch,
     Device,
     Form,
+    Github,
     Head,
     Json,
+    Junit,
     Layout,
     NoVerify,
     Output,
@@ -274,12 +278,14 @@ def verify(
     weights: Weights = "model",
     head: Head = None,
     size: Size = None,
+    junit: Junit = None,
+    github: Github = False,
     as_json: Json = None,
 ) -> None:
     """Judge one file by another; exit 3 when they do not compute the same."""
-    from replk_deploy import pipeline
+    from replk_deploy import ci, pipeline
 
-    with render.bars() as progress:
+    with _told("verify", junit, github=github) as tell, render.bars() as progress:
         found = pipeline.verify(
             reference,
             candidate,
@@ -288,6 +294,7 @@ def verify(
             size=options.size_of(size),
             progress=progress,
         )
+        tell(ci.of_proof(found))
     last = f"verify {reference.name} and {candidate.name} · worst {found.worst:.2f} of allowance"
     render.show(found, lambda: render.proof(found), last, found.state, as_json=as_json)
     _exit(found.state)
@@ -434,12 +441,16 @@ def compare(
         str | None, typer.Option(metavar="SHARE", help="As 3%: exit 4 when a row is slower by more.")
     ] = None,
     require_stable: Annotated[bool, typer.Option("--require-stable", help="Exit 7 when a row is ambiguous.")] = False,
+    junit: Junit = None,
+    github: Github = False,
     as_json: Json = None,
 ) -> None:
     """Say of each row of two bench records whether it is the same, faster, slower or ambiguous."""
-    from replk_deploy import pipeline
+    from replk_deploy import ci, pipeline
 
-    found = pipeline.compare(base, new, max_regress=options.share_of(max_regress))
+    with _told("compare", junit, github=github) as tell:
+        found = pipeline.compare(base, new, max_regress=options.share_of(max_regress))
+        tell(ci.of_comparison(found, require_stable=require_stable))
     missing = max_regress is not None and found.only_in_base
     unsure = (require_stable and found.ambiguous) or missing or found.undecided
     state = "regression" if found.regressed else "inconclusive" if unsure else "pass"
@@ -556,12 +567,14 @@ def deploy(
     bench_batch: Annotated[list[int], typer.Option(help="Batch to time; repeatable.")] = [1],  # noqa: B006
     max_seconds: Annotated[float, typer.Option(help="Cap on the timed part, per backend and batch.")] = 20.0,
     data: Annotated[Path | None, typer.Option(help="Labelled pictures: .npz, or a folder by class.")] = None,
+    junit: Junit = None,
+    github: Github = False,
     as_json: Json = None,
 ) -> None:
     """Do it all: inspect, fuse, prove, export, prove, bench, report."""
-    from replk_deploy import pipeline
+    from replk_deploy import ci, pipeline
 
-    with render.bars() as progress:
+    with _told("deploy", junit, github=github) as tell, render.bars() as progress:
         done = pipeline.deploy(
             checkpoint,
             source=options.source_of(weights),
@@ -576,6 +589,7 @@ def deploy(
             data=data,
             progress=progress,
         )
+        tell(ci.of_deployment(records.plain(done)))
     _deployed(done, "deploy", as_json)
 
 
@@ -614,6 +628,32 @@ def main() -> None:
         app(prog_name="replk")
     except BrokenPipeError:
         render.fall_silent()
+
+
+@contextmanager
+def _told(suite: str, junit: Path | None, *, github: bool) -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Give what tells continuous integration of a verdict; what stops the command is told, too."""
+    from replk_deploy import ci
+
+    if junit:
+        files.writable(junit.parent)
+
+    def tell(cases: Sequence[ci.Case]) -> None:
+        if junit:
+            files.write_text(junit, ci.junit(suite, cases))
+        if not github:
+            return
+        for line in ci.annotations(suite, cases):
+            render.note(line)
+        if summary := machine.step_summary():
+            with summary.open("a", encoding="utf-8") as file:
+                file.write(ci.summary(suite, cases))
+
+    try:
+        yield tell
+    except ReplkError as exc:
+        tell((ci.Case(name=suite, found="", failure=str(exc)),))
+        raise
 
 
 def _deployed(done: Any, command: str, as_json: Path | None) -> None:

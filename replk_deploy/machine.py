@@ -57,6 +57,12 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
+def step_summary() -> Path | None:
+    """Return the file that GitHub Actions shows as the summary of a step; None elsewhere."""
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    return Path(name) if name else None
+
+
 def gpu_in_use() -> str | None:
     """Name a GPU as `clocks` takes it: the one that PyTorch uses, by its UUID; until it uses one, CUDA_VISIBLE_DEVICES.
 

@@ -30,6 +30,10 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", callback=_record, help="Write the result as .json; - for stdout."),
 ]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the verdict as JUnit's XML, too.")]
+Github = Annotated[
+    bool, typer.Option("--github", help="Annotate a run of GitHub Actions, and add to the summary of the step.")
+]
 Batch = Annotated[str, typer.Option(metavar="N|MIN:MAX|MIN:OPT:MAX", help="Images at a time.")]
 Precision = Annotated[
     str, typer.Option("--precision", metavar="|".join(PRECISIONS), help="Type of weights and results.")

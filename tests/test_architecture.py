@@ -45,7 +45,7 @@ LAYERS: list[set[str]] = [
         "doctor",
     },
     {"proof"},
-    {"selftest", "workspace", "report", "publish", "sources"},
+    {"selftest", "workspace", "report", "publish", "sources", "ci"},
     {"pipeline"},
     {"render", "options"},
     {"cli"},

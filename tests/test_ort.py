@@ -93,8 +93,9 @@ def test_a_provider_that_fails_to_start_prints_nothing_and_falls_back_to_nothing
     assert capfd.readouterr().out == ""
 
 
-def test_the_layers_carry_the_names_of_our_modules(files: Files) -> None:
-    with files.opened("ort-cpu", "fp32") as found:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_layers_carry_the_names_of_our_modules(files: Files, precision: str) -> None:
+    with files.opened("ort-cpu", precision) as found:
         layers = found.layer_times(images(2), repeats=3)
     names = [layer.name for layer in layers]
     convolutions = [layer.name.removesuffix("/Conv") for layer in layers if layer.kind == "Conv"]
@@ -103,8 +104,8 @@ def test_the_layers_carry_the_names_of_our_modules(files: Files) -> None:
         "none missing, none twice"
     )
     assert set(convolutions) <= modules.keys()
-    assert names[0] == "stem.0.conv/Conv"
-    assert names[-1] == "head/Gemm"
+    if precision == "fp32":  # fp16 has casts at both ends
+        assert (names[0], names[-1]) == ("stem.0.conv/Conv", "head/Gemm")
     assert len(set(names)) == len(names)
     assert all(len(layer.samples_ms) == 3 and min(layer.samples_ms) >= 0 for layer in layers)
     times = {layer.name: sum(layer.samples_ms) for layer in layers}

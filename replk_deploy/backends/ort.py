@@ -31,6 +31,7 @@ DTYPES = {
 SEVERITY_ERROR, SEVERITY_FATAL = 3, 4  # ONNX Runtime's scale; 2 is a warning
 NO_BF16 = "export it again: replk export --onnx --precision fp32 (or fp16)"
 KERNEL, BLOCKED = "_kernel_time", "_nchwc"  # endings in a profile: of an execution, of a node in blocked layout
+CAST = "InsertedPrecisionFreeCast_"  # before the name of a float16 value that a CPU computes in float32
 Provider = str | tuple[str, Mapping[str, str]]
 
 
@@ -240,7 +241,7 @@ class Names:
         """
         if name in self._known or not name.endswith(BLOCKED):
             return name
-        maker = self._makers.get(name.removesuffix(BLOCKED))
+        maker = self._makers.get(name.removesuffix(BLOCKED).removeprefix(CAST))
         while maker is not None and maker.op_type != kind:
             maker = self._makers.get(maker.input[0]) if maker.input else None
         return maker.name if maker is not None else name

@@ -1,0 +1,123 @@
+"""What a verdict is called in continuous integration: JUnit, annotations and a summary of GitHub.
+
+A case is one comparison: what it is called, and why it failed. An artefact that was never compared is no case, so an
+empty suite fails.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from replk_deploy.compare import Comparison
+from replk_deploy.proof import Proof
+
+NOTHING = "nothing was compared"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One comparison: what was found, in words, and why it failed; empty when it passed."""
+
+    name: str
+    found: str
+    failure: str = ""
+
+
+def of_proof(proof: Proof) -> tuple[Case, ...]:
+    """Return a case for each comparison of a proof, and one for the proof itself."""
+    parts = [
+        Case(name=f"{a.name}, {a.precision}", found=a.sentence, failure="" if a.passed else a.sentence)
+        for a in proof.agreements
+    ]
+    wrong = proof.sentence if proof.state == "rejected" else ""
+    return (*parts, Case(name=proof.edge, found=proof.sentence, failure=wrong))
+
+
+def of_comparison(found: Comparison, *, require_stable: bool = False) -> tuple[Case, ...]:
+    """Return a case for each row of two records of latencies."""
+    wrong = {*found.regressions, *found.undecided, *(found.ambiguous if require_stable else ())}
+    cases = [
+        Case(
+            name=row.name,
+            found=(said := f"{row.word}, {row.ratio:.3f} of before"),
+            failure=said if row.name in wrong else "",
+        )
+        for row in found.rows
+    ]
+    lost = found.only_in_base if found.max_regress is not None else ()
+    return (*cases, *(Case(name=name, found="", failure="it is not in the new record") for name in lost))
+
+
+def of_deployment(run: Mapping[str, Any]) -> tuple[Case, ...]:
+    """Return a case for each file of a `replk.deployment` record, and one for each backend that was judged."""
+    cases = []
+    for step in (run["fuse"], *run["exports"]):
+        verdict = step["verdict"]
+        said = f"{verdict['state']}: {verdict['why']}".removesuffix(": ")
+        cases.append(
+            Case(
+                name=step["file"].rsplit("/", 1)[-1], found=said, failure=said if verdict["state"] == "rejected" else ""
+            )
+        )
+    for name, agreement in (run["bench"] or {"agreements": {}})["agreements"].items():
+        failed = agreement["state"] == "rejected"
+        cases.append(Case(name=name, found=agreement["sentence"], failure=agreement["sentence"] if failed else ""))
+    if run["problem"]:
+        cases.append(Case(name="deploy", found="", failure=run["problem"]))
+    return tuple(cases)
+
+
+def junit(suite: str, cases: Sequence[Case]) -> str:
+    """Write a suite as JUnit's XML, as test reporters of CI systems read it."""
+    cases = cases or (Case(name=suite, found="", failure=NOTHING),)
+    failures = sum(bool(case.failure) for case in cases)
+    root = ET.Element("testsuites", tests=str(len(cases)), failures=str(failures))
+    inside = ET.SubElement(root, "testsuite", name=suite, tests=str(len(cases)), failures=str(failures))
+    for case in cases:
+        found = ET.SubElement(inside, "testcase", classname=f"replk.{suite}", name=_text(case.name))
+        if case.failure:
+            ET.SubElement(found, "failure", message=_text(case.failure))
+        if case.found:
+            ET.SubElement(found, "system-out").text = _text(case.found)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def annotations(suite: str, cases: Sequence[Case]) -> Iterator[str]:
+    """Yield a workflow command of GitHub for each failed case, or one notice that none failed."""
+    failed = [case for case in cases if case.failure]
+    for case in failed:
+        yield f"::error title={_property(f'replk {suite}: {case.name}')}::{_message(case.failure)}"
+    if not cases:
+        yield f"::error title={_property(f'replk {suite}')}::{NOTHING}"
+    elif not failed:
+        yield f"::notice title={_property(f'replk {suite}')}::{_message(f'{len(cases)} comparisons passed')}"
+
+
+def summary(suite: str, cases: Sequence[Case]) -> str:
+    """Write the table that GitHub shows on the page of a run."""
+    failed = sum(bool(case.failure) for case in cases)
+    word = f"{failed} of {len(cases)} failed" if failed else f"{len(cases)} passed" if cases else NOTHING
+    rows = "".join(
+        f"| {_cell(case.name)} | {'**failed**' if case.failure else 'passed'} | {_cell(case.failure or case.found)} |\n"
+        for case in cases
+    )
+    return f"### replk {suite}: {word}\n\n| | | |\n| --- | --- | --- |\n{rows}\n"
+
+
+def _text(text: str) -> str:
+    """Leave out what XML cannot hold."""
+    return "".join(c for c in text if c.isprintable() or c in "\t\n")
+
+
+def _message(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _message(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

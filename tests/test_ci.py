@@ -1,0 +1,189 @@
+"""What CI systems are told: the verdict, whatever it is, in words that survive their formats."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from replk_deploy import ci, records
+from replk_deploy.ci import Case
+from replk_deploy.cli import app
+from replk_deploy.errors import Exit
+from tests import networks
+from tests.test_compare import record, row
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = st.text(max_size=60)
+CASES = st.lists(st.builds(Case, name=TEXT, found=TEXT, failure=TEXT), max_size=4)
+
+
+def ask(*line: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in line])
+
+
+def suite(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Read a file of JUnit: counts, and the names that failed."""
+    root = ET.fromstring(path.read_text(encoding="utf-8"))
+    failed = [case.attrib["name"] for case in root.iter("testcase") if case.find("failure") is not None]
+    (inside,) = root
+    assert len(list(root.iter("testcase"))) == int(inside.attrib["tests"])
+    assert len(failed) == int(inside.attrib["failures"]) == int(root.attrib["failures"])
+    return dict(inside.attrib), failed
+
+
+@given(CASES)
+def test_any_words_survive(cases: list[Case]) -> None:
+    root = ET.fromstring(ci.junit("verify", cases))
+    expected = [(ci._text(c.name), bool(c.failure)) for c in cases] or [("verify", True)]
+    assert [(c.attrib["name"], c.find("failure") is not None) for c in root.iter("testcase")] == expected
+
+    lines = list(ci.annotations("verify", cases))
+    wrong = [c for c in cases if c.failure]
+    assert len(lines) == (len(wrong) or 1)
+    for line, case in zip(lines, wrong, strict=False):
+        found = re.fullmatch(r"::error title=([^:,]*)::([^\r\n]*)", line)
+        assert found, line
+        told = [re.sub("%(25|0D|0A|3A|2C)", lambda m: unquote(m[0]), part) for part in found.groups()]
+        assert told == [f"replk verify: {case.name}", case.failure]
+    assert all(line.startswith("::notice" if cases and not wrong else "::error") for line in lines)
+
+    table = ci.summary("verify", cases).split("\n\n", 1)[1].strip("\n").split("\n")
+    assert len(table) == 2 + len(cases), "a line each"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("ci")
+    made = (networks.save_as_trained(networks.trained(seed=n), folder / f"{n}.pth") for n in (0, 1))
+    first, second = made
+    return first, second
+
+
+def test_a_verification_is_told_as_it_ended(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary, out = tmp_path / "summary.md", tmp_path / "new" / "junit.xml"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    one, other = checkpoints
+
+    done = ask("verify", one, one, "--junit", out, "--github")
+    assert done.exit_code == Exit.OK, done.output
+    counts, failed = suite(out)
+    assert (counts["name"], failed, int(counts["tests"]) > 1) == ("verify", [], True)
+    assert "::notice title=replk verify::" in done.stderr
+    assert summary.read_text().startswith("### replk verify: ")
+
+    done = ask("verify", one, other, "--junit", out, "--github")
+    assert done.exit_code == Exit.MISMATCH
+    assert "verify" in suite(out)[1]
+    assert done.stderr.count("::error title=replk verify%3A ") == len(suite(out)[1])
+    assert summary.read_text().count("### replk verify: ") == 2
+    assert "**failed**" in summary.read_text()
+
+    done = ask("verify", one, tmp_path / "missing.onnx", "--junit", out, "--github")
+    assert done.exit_code == Exit.USAGE
+    assert suite(out)[1] == ["verify"], "what could not be asked has not passed"
+    assert "::error" in done.stderr
+
+    (tmp_path / "file").write_text("")
+    done = ask("verify", one, one, "--junit", tmp_path / "file" / "junit.xml")
+    assert done.exit_code == Exit.USAGE
+    assert "cannot be written" in done.stderr
+
+
+def test_a_comparison_fails_by_row(tmp_path: Path) -> None:
+    out = tmp_path / "junit.xml"
+    for name, ms in (("base", 10.0), ("same", 10.01), ("slower", 20.0)):
+        (tmp_path / f"{name}.json").write_text(records.to_json(record(row(ms), row(5.0, batch=8))))
+    base = tmp_path / "base.json"
+    for name, code, failed in (("same", Exit.OK, []), ("slower", Exit.REGRESSION, ["torch b1"])):
+        done = ask("compare", base, tmp_path / f"{name}.json", "--max-regress", "3%", "--junit", out)
+        assert (done.exit_code, suite(out)[1]) == (code, failed), done.output
+    (tmp_path / "less.json").write_text(records.to_json(record(row(10.0))))
+    done = ask("compare", base, tmp_path / "less.json", "--max-regress", "3%", "--junit", out)
+    assert (done.exit_code, suite(out)[1]) == (Exit.INCONCLUSIVE, ["torch b8"])
+    done = ask("compare", base, tmp_path / "less.json", "--junit", out)
+    assert (done.exit_code, suite(out)[1]) == (Exit.OK, [])
+
+
+def test_a_deployment_is_a_case_for_each_file_and_each_backend() -> None:
+    verdict = {"state": "pass", "why": ""}
+    run = {
+        "fuse": {"file": "out/fused.safetensors", "verdict": verdict},
+        "exports": [{"file": "out/model.fp16.onnx", "verdict": {"state": "rejected", "why": "far off"}}],
+        "bench": {
+            "agreements": {
+                "ort-cpu": {"state": "rejected", "sentence": "logits is NaN"},
+                "torch": {"state": "pass", "sentence": "well"},
+            }
+        },
+        "problem": "nothing was timed",
+    }
+    cases = ci.of_deployment(run)
+    assert {c.name: c.failure for c in cases} == {
+        "fused.safetensors": "",
+        "model.fp16.onnx": "rejected: far off",
+        "ort-cpu": "logits is NaN",
+        "torch": "",
+        "deploy": "nothing was timed",
+    }
+
+
+def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+    steps = {step["name"]: step for step in action["runs"]["steps"]}
+    given = {name: field.get("default", "") for name, field in action["inputs"].items()}
+    given |= {"checkpoint": str(checkpoints[0]), "backends": "ort-cpu", "size": "64"}
+    (tmp_path / "replk.toml").write_text("[deploy]\nmax-seconds = 3\n")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "replk"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+
+    def run(name: str) -> tuple[int, dict[str, str], str]:
+        out = tmp_path / "output"
+        out.write_text("")
+        said = {key: re.fullmatch(r"\$\{\{ inputs\.([\w-]+) \}\}", text) for key, text in steps[name]["env"].items()}
+        environment = {key: given[found[1]] for key, found in said.items() if found}
+        assert environment.keys() == steps[name]["env"].keys()
+        environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "GITHUB_OUTPUT": str(out)}
+        done = subprocess.run(
+            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", steps[name]["run"]],
+            cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        return done.returncode, dict(line.split("=", 1) for line in out.read_text().splitlines()), done.stderr
+
+    code, outputs, words = run("Deploy")
+    assert (code, outputs["verdict"]) == (0, "pass"), words
+    assert (tmp_path / outputs["report"]).read_text().startswith("# ")
+    assert suite(tmp_path / "replk-out" / "junit-deploy.xml")[1] == []
+
+    bench = next((tmp_path / "replk-out").glob("*/results/bench.json"))
+    record_ = json.loads(bench.read_text())
+    for row_ in record_["rows"]:
+        for end in ("value", "interval"):
+            row_["p50_ms"][end] = (np.array(row_["p50_ms"][end]) / 100).tolist()
+    given["baseline"] = str(tmp_path / "baseline.json")
+    Path(given["baseline"]).write_text(json.dumps(record_))
+    code, _, words = run("Compare")
+    assert code in {Exit.REGRESSION, Exit.INCONCLUSIVE}, "a hundred times slower than the baseline"
+    assert "::error" in words
+
+    given["checkpoint"] = str(tmp_path / "missing.pth")
+    code, outputs, words = run("Deploy")
+    assert (code, outputs["verdict"]) == (Exit.USAGE, "failed")
+    assert "::error" in words
+    used = set(re.findall(r"inputs\.([\w-]+)", json.dumps(action["runs"])))
+    assert used == action["inputs"].keys(), "each input is used"
