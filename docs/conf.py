@@ -17,7 +17,7 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"replk {__version__}"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "examples/*.md"]
 myst_heading_anchors = 3
 myst_fence_as_directive = ["math"]
 default_role = "literal"  # a docstring's single backticks are code
