@@ -108,4 +108,4 @@ def test_the_demonstration_of_a_wheel_passes(distributions: tuple[Path, Path], t
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
     assert said["state"] == "pass"
-    assert [step["right"] for step in said["accuracy"]] == [356] * 4
+    assert [step["correct"] for step in said["accuracy"]] == [356] * 4
