@@ -47,7 +47,7 @@ LAYERS: list[set[str]] = [
     {"proof"},
     {"selftest", "workspace", "report", "publish", "sources", "ci"},
     {"pipeline"},
-    {"render", "options"},
+    {"render", "options", "testing"},
     {"cli"},
 ]
 WITHIN = {  # who may import whom in its own layer, and why
