@@ -177,9 +177,14 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
             row_["p50_ms"][end] = (np.array(row_["p50_ms"][end]) / 100).tolist()
     given["baseline"] = str(tmp_path / "baseline.json")
     Path(given["baseline"]).write_text(json.dumps(record_))
-    code, _, words = run("Compare")
+    code, outputs, words = run("Compare")
     assert code in {Exit.REGRESSION, Exit.INCONCLUSIVE}, "a hundred times slower than the baseline"
+    assert outputs["verdict"] == "failed"
     assert "::error" in words
+    assert action["outputs"]["verdict"]["value"].startswith("${{ steps.compare.outputs.verdict ||")
+    given["baseline"] = str(bench)
+    code, outputs, words = run("Compare")
+    assert (code, outputs["verdict"]) in {(0, ""), (Exit.INCONCLUSIVE, "failed")}, words
 
     given["checkpoint"] = str(tmp_path / "missing.pth")
     code, outputs, words = run("Deploy")
