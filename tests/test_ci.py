@@ -11,6 +11,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,13 +20,15 @@ from typer.testing import CliRunner, Result
 from replk_deploy import ci, pipeline, records
 from replk_deploy.ci import Case
 from replk_deploy.cli import app
-from replk_deploy.errors import Exit
+from replk_deploy.errors import ContractError, Exit, MismatchError, UnavailableError
 from tests import networks
 from tests.test_compare import record, row
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = st.text(max_size=60)
-CASES = st.lists(st.builds(Case, name=TEXT, found=TEXT, failure=TEXT), max_size=4)
+CASES = st.lists(
+    st.builds(Case, name=TEXT, found=TEXT, failure=TEXT) | st.builds(Case.stopped, TEXT, TEXT.filter(bool)), max_size=4
+)
 
 
 def ask(*line: str | Path) -> Result:
@@ -35,18 +38,25 @@ def ask(*line: str | Path) -> Result:
 def suite(path: Path) -> tuple[dict[str, str], list[str]]:
     """Read a file of JUnit: counts, and the names that failed."""
     root = ET.fromstring(path.read_text(encoding="utf-8"))
-    failed = [case.attrib["name"] for case in root.iter("testcase") if case.find("failure") is not None]
+    kinds = {case.attrib["name"]: [part.tag for part in case if part.tag != "system-out"] for case in root[0]}
+    failed = [name for name, kind in kinds.items() if kind]
     (inside,) = root
-    assert len(list(root.iter("testcase"))) == int(inside.attrib["tests"])
-    assert len(failed) == int(inside.attrib["failures"]) == int(root.attrib["failures"])
+    counts = {"tests": len(kinds)}
+    counts |= {f"{kind}s": sum([kind] == found for found in kinds.values()) for kind in ("failure", "error")}
+    assert {key: int(inside.attrib[key]) for key in counts} == counts
+    assert {key: int(root.attrib[key]) for key in counts} == counts
     return dict(inside.attrib), failed
 
 
 @given(CASES)
 def test_any_words_survive(cases: list[Case]) -> None:
     root = ET.fromstring(ci.junit("verify", cases))
-    expected = [(ci._text(c.name), bool(c.failure)) for c in cases] or [("verify", True)]
-    assert [(c.attrib["name"], c.find("failure") is not None) for c in root.iter("testcase")] == expected
+    kinds = ["error" if c.error else "failure" if c.failure else None for c in cases] or ["failure"]
+    names = [ci._text(c.name) for c in cases] or ["verify"]
+    assert [c.attrib["name"] for c in root.iter("testcase")] == names
+    found = [[part.tag for part in c if part.tag != "system-out"] for c in root.iter("testcase")]
+    assert found == [[kind] if kind else [] for kind in kinds]
+    assert (int(root.attrib["failures"]), int(root.attrib["errors"])) == (kinds.count("failure"), kinds.count("error"))
 
     lines = list(ci.annotations("verify", cases))
     wrong = [c for c in cases if c.failure]
@@ -118,6 +128,50 @@ def test_a_summary_that_cannot_be_written_is_refused_before_the_work(
         assert suite(out)[1] == ["verify"]
         out.unlink()
     assert ask("verify", checkpoints[0], checkpoints[0]).exit_code == Exit.OK, "nobody asked for GitHub"
+
+
+STOPS = {
+    "no backend": (UnavailableError("trt is not installed", "pip install tensorrt"), Exit.UNAVAILABLE, "pip install"),
+    "no memory": (MemoryError(), Exit.UNAVAILABLE, "memory ran out"),
+    "no memory on a GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried"), Exit.UNAVAILABLE, "memory ran out"),
+    "Ctrl-C": (KeyboardInterrupt(), Exit.INTERRUPTED, "interrupted"),
+    "a bug": (ContractError("a promise is broken"), Exit.BUG, "ContractError: a promise is broken"),
+}
+
+
+@pytest.mark.parametrize("command", ["verify", "deploy", "compare"])
+@pytest.mark.parametrize("stop", STOPS)
+def test_what_stops_a_command_is_an_error_and_no_verdict(
+    command: str, stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, summary = tmp_path / "junit.xml", tmp_path / "summary.md"
+    out.write_text("what an earlier run found")
+    exc, code, words = STOPS[stop]
+
+    def stopped(*_args: object, **_kwargs: object) -> None:
+        assert suite(out)[0]["errors"] == "1", "whoever is killed here leaves no old verdict"
+        raise exc
+
+    monkeypatch.setattr(pipeline, command, stopped)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    files = ["x.pth"] if command == "deploy" else ["x.pth", "y.onnx"]
+    done = ask(command, *files, "--junit", out, "--github")
+    assert done.exit_code == code, done.output
+    assert (suite(out)[0]["errors"], suite(out)[1]) == ("1", [command])
+    assert words in out.read_text()
+    assert f"::error title=replk {command}%3A {command}::" in done.stderr
+    assert words in summary.read_text()
+
+
+def test_a_mismatch_that_stops_a_deployment_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_args: object, **_kwargs: object) -> None:
+        raise MismatchError("ort-cpu answers otherwise", "see the report")
+
+    monkeypatch.setattr(pipeline, "deploy", stopped)
+    out = tmp_path / "junit.xml"
+    assert ask("deploy", "x.pth", "--junit", out).exit_code == Exit.MISMATCH
+    counts, failed = suite(out)
+    assert (counts["failures"], counts["errors"], failed) == ("1", "0", ["deploy"])
 
 
 def test_a_comparison_fails_by_row(tmp_path: Path) -> None:
