@@ -6,10 +6,12 @@ empty suite fails.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 from replk_deploy.compare import Comparison
+from replk_deploy.errors import ReplkError
 from replk_deploy.proof import Proof
 
 NOTHING = "nothing was compared"
@@ -104,6 +106,22 @@ def summary(suite: str, cases: Sequence[Case]) -> str:
         for case in cases
     )
     return f"### replk {suite}: {word}\n\n| | | |\n| --- | --- | --- |\n{rows}\n"
+
+
+def append(summary: Path, text: str) -> None:
+    """Add to the summary of a step.
+
+    Raises:
+        ReplkError: it cannot be written.
+    """
+    try:
+        with summary.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as exc:
+        raise ReplkError(
+            f"GITHUB_STEP_SUMMARY names {summary}, which cannot be written: {exc.strerror}",
+            "unset it, or let it name a file in a folder that can be written",
+        ) from exc
 
 
 def _text(text: str) -> str:

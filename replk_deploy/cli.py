@@ -638,19 +638,20 @@ def _told(suite: str, junit: Path | None, *, github: bool) -> Iterator[Callable[
 
     if junit:
         files.writable(junit.parent)
+    summary = machine.step_summary() if github else None
 
     def tell(cases: Sequence[ci.Case]) -> None:
         if junit:
             files.write_text(junit, ci.junit(suite, cases))
-        if not github:
-            return
-        for line in ci.annotations(suite, cases):
-            render.note(line)
-        if summary := machine.step_summary():
-            with summary.open("a", encoding="utf-8") as file:
-                file.write(ci.summary(suite, cases))
+        if github:
+            for line in ci.annotations(suite, cases):
+                render.note(line)
+        if summary:
+            ci.append(summary, ci.summary(suite, cases))
 
     try:
+        if summary:
+            ci.append(summary, "")
         yield tell
     except ReplkError as exc:
         tell((ci.Case(name=suite, found="", failure=str(exc)),))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from replk_deploy import ci, records
+from replk_deploy import ci, pipeline, records
 from replk_deploy.ci import Case
 from replk_deploy.cli import app
 from replk_deploy.errors import Exit
@@ -100,6 +100,24 @@ def test_a_verification_is_told_as_it_ended(
     done = ask("verify", one, one, "--junit", tmp_path / "file" / "junit.xml")
     assert done.exit_code == Exit.USAGE
     assert "cannot be written" in done.stderr
+
+
+def test_a_summary_that_cannot_be_written_is_refused_before_the_work(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "junit.xml"
+    for place in (tmp_path, tmp_path / "file" / "summary.md", tmp_path / "missing" / "summary.md"):
+        monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(place))
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "verify", lambda *_, **__: pytest.fail("it has begun"))
+            done = ask("verify", *checkpoints, "--github", "--junit", out)
+        assert done.exit_code == Exit.USAGE, done.output
+        assert f"GITHUB_STEP_SUMMARY names {place}" in done.stderr
+        assert "\nfix " in done.stderr
+        assert suite(out)[1] == ["verify"]
+        out.unlink()
+    assert ask("verify", checkpoints[0], checkpoints[0]).exit_code == Exit.OK, "nobody asked for GitHub"
 
 
 def test_a_comparison_fails_by_row(tmp_path: Path) -> None:
