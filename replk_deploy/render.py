@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,16 +26,19 @@ NAME = 5  # columns that are left to a row's name, at least
 PIPE = 120  # columns of a pipe, where nobody said how many: no name is folded
 
 
-def console(variables: Mapping[str, str], *, stderr: bool = False, terminal: bool | None = None) -> Console:
-    """Return stdout or stderr, without escape codes under NO_COLOR; `terminal` is what the stream says, unless told."""
-    colours: Literal["auto"] | None = None if variables.get("NO_COLOR") else "auto"
-    made = Console(stderr=stderr, highlight=False, force_terminal=terminal, color_system=colours, _environ=variables)
-    if not made.is_terminal and "COLUMNS" not in variables:
+def console(
+    variables: Mapping[str, str] | None = None, *, stderr: bool = False, terminal: bool | None = None
+) -> Console:
+    """Return stdout or stderr, without escape codes under NO_COLOR; what is not told is found out."""
+    made = Console(stderr=stderr, highlight=False, force_terminal=terminal, _environ=variables)
+    if made.no_color:
+        made._color_system = None  # rich itself would keep bold and dim
+    if not made.is_terminal and made._width is None:
         made.width = PIPE
     return made
 
 
-out, err = console(os.environ), console(os.environ, stderr=True)
+out, err = console(), console(stderr=True)
 WORDS = {"pass": "PASS", "provisional": "PASS (provisional)", "unverified": "UNVERIFIED", "rejected": "FAIL"} | {
     "inconclusive": "INCONCLUSIVE",
     "regression": "REGRESSION",
