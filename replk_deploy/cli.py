@@ -502,7 +502,9 @@ def doctor(*, as_json: Json = None) -> None:
 def erf(
     checkpoint: Checkpoint,
     *,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Draw it here: a .svg file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", callback=options.place, help="Draw it here: a .svg file.")
+    ] = None,
     weights: Weights = "model",
     head: Head = None,
     size: Size = None,
@@ -533,8 +535,12 @@ def erf(
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; by default the latest run.")] = None,
     *,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="One self-contained page.")] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="For a pull request.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=options.place, help="One self-contained page.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=options.place, help="For a pull request.")
+    ] = None,
     junit: Junit = None,
     as_json: Json = None,
 ) -> None:
@@ -636,8 +642,6 @@ def _told(suite: str, junit: Path | None, *, github: bool) -> Iterator[Callable[
     """Give what tells continuous integration of a verdict; what stops the command is told, too."""
     from replk_deploy import ci
 
-    if junit:
-        files.writable(junit.parent)
     summary = machine.step_summary() if github else None
 
     def tell(cases: Sequence[ci.Case]) -> None:

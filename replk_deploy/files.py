@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from replk_deploy.errors import ReplkError
 
@@ -27,6 +28,21 @@ def writable(folder: Path) -> None:
         raise ReplkError(
             f"{folder} cannot be written: {exc.strerror}", "name another place, or run in another folder"
         ) from exc
+
+
+def demand(path: Path) -> None:
+    """Refuse a name that no file can take, before the work that would fill it; nothing is left behind.
+
+    Raises:
+        ReplkError: it is a folder or a device, or nothing can be written there.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ReplkError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}", "name a file")
+        with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            pass
+    except OSError as exc:
+        raise ReplkError(f"{path} cannot be written: {exc.strerror}", "name another place") from exc
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from replk_deploy import files
 from replk_deploy.errors import ReplkError
 from replk_deploy.forms import FORMS
 from replk_deploy.forms import Form as Asked
@@ -13,10 +14,19 @@ from replk_deploy.precision import PRECISIONS
 from replk_deploy.precision import Precision as Named
 
 
-def _record(path: Path | None) -> Path | None:
-    if path is not None and path.suffix != ".json" and str(path) != "-":
-        raise ReplkError(f"--json {path} does not end in .json", "name a .json file, or - for stdout")
+def place(path: Path | None) -> Path | None:
+    """Take the name of a file to write; one that cannot be written is refused before the work begins."""
+    if path is not None:
+        files.demand(path)
     return path
+
+
+def _record(path: Path | None) -> Path | None:
+    if path is None or str(path) == "-":
+        return path
+    if path.suffix != ".json":
+        raise ReplkError(f"--json {path} does not end in .json", "name a .json file, or - for stdout")
+    return place(path)
 
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint: .pth, .pt, .pkl or .safetensors.")]
@@ -24,13 +34,19 @@ Artefact = Annotated[Path | None, typer.Argument(help="A run folder or one file;
 Weights = Annotated[str, typer.Option("--weights", metavar="model|ema", help="Which weights of a training checkpoint.")]
 Head = Annotated[str | None, typer.Option(help="Which of several classifier heads to keep.")]
 Size = Annotated[str | None, typer.Option(metavar="N|HxW", help="Input size; by default what the checkpoint says.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of into the run folder.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", callback=place, help="Write here instead of into the run folder."),
+]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the proof; the file is marked unverified.")]
 Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", callback=_record, help="Write the result as .json; - for stdout."),
 ]
-Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the verdict as JUnit's XML, too.")]
+Junit = Annotated[
+    Path | None,
+    typer.Option("--junit", metavar="FILE", callback=place, help="Write the verdict as JUnit's XML, too."),
+]
 Github = Annotated[
     bool, typer.Option("--github", help="Annotate a run of GitHub Actions, and add to the summary of the step.")
 ]

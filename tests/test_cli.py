@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from replk_deploy import __version__, pipeline, proof, render
-from replk_deploy.cli import app
+from replk_deploy.cli import _options_of, app
 from replk_deploy.errors import ContractError, Exit
 from replk_deploy.models import reparam
 from replk_deploy.models.replknet import RepLKGeometry
@@ -138,6 +139,26 @@ def test_a_record_is_never_written_over_something_else(folder: Path, target: str
     assert done.exit_code == Exit.USAGE
     assert (folder / "ckpt.pth").read_bytes() == before
     assert not (folder / "report.txt").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(in_empty_folder: Path) -> None:
+    Path("folder.json").mkdir()
+    Path("file").write_text("")
+    commands = typer.main.get_command(app).commands
+    reads = {"data", "refit", "timing-cache"}
+    asked = [
+        (command, option)
+        for command in sorted(commands)
+        for option, said in _options_of(commands[command]).items()
+        if said.path and option not in reads
+    ]
+    assert {option for _, option in asked} == {"output", "json", "junit", "html", "markdown"}
+    for command, option in asked:
+        for place in ("folder.json", "file/new.json"):
+            done = ask(command, f"--{option}", place)
+            assert done.exit_code == Exit.USAGE, (command, option)
+            assert done.stderr.startswith(f"error {place} "), (command, option, done.stderr)
+    assert sorted(p.name for p in in_empty_folder.iterdir()) == ["file", "folder.json"]
 
 
 def test_a_request_to_end_is_an_interrupt_that_leaves_nothing(tmp_path: Path) -> None:

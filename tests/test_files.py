@@ -117,6 +117,30 @@ def test_a_disk_that_fails_at_the_last_moment_keeps_the_old_file(
     assert left_in(tmp_path) == ["manifest.json"]
 
 
+def test_a_name_that_no_file_can_take_is_refused_and_asking_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "new", "missing/deep/new"):
+        files.demand(Path(name))
+        files.demand(tmp_path / name)
+    for name, why in (("folder", "is a folder"), ("pipe", "is no plain file"), ("old/x/y", "Not a directory")):
+        with pytest.raises(ReplkError, match=f"{name} .*{why}"):
+            files.demand(Path(name))
+
+    def forbidden(**_kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(files, "TemporaryFile", forbidden)  # chmod does not stop root
+    with pytest.raises(ReplkError, match="new cannot be written: Permission denied"):
+        files.demand(Path("missing/new"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("text", ["", "γ ÷ √(σ² + ε)\n", "a\nb\n"])
 def test_text_comes_back_as_it_went(tmp_path: Path, text: str) -> None:
     files.write_text(tmp_path / "deep" / "text", text)
