@@ -155,10 +155,10 @@ def fuse(
 
     def words() -> None:
         if not made.fusion.changed:
-            render.out.print("already fused: nothing to merge or fold")
+            render.say("already fused: nothing to merge or fold")
         else:
             merged, folded, left = len(made.fusion.merged), len(made.fusion.folded), len(made.fusion.left)
-            render.out.print(f"{merged} blocks merged with their BatchNorms, {folded} others folded, {left} left")
+            render.say(f"{merged} blocks merged with their BatchNorms, {folded} others folded, {left} left")
         if made.proof:
             render.proof(made.proof)
 
@@ -684,7 +684,7 @@ def _deployed(done: Any, command: str, as_json: Path | None) -> None:
         if done.timed:
             render.latency(done.timed)
         if done.reused:
-            render.out.print(f"taken from the run as it was: {', '.join(done.reused)}")
+            render.say(f"taken from the run as it was: {', '.join(done.reused)}")
 
     last = f"{command} {done.inspection.checkpoint.label} · {done.folder}/report.html"
     render.show(done, words, last, done.state, as_json=as_json)

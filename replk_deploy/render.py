@@ -1,13 +1,14 @@
 """Results → words, tables and progress bars on a terminal.
 
 Results go to stdout, all else to stderr, and the last line is always one verdict. Tables are kept
-narrow: what does not fit in 60 columns stands on a line of its own.
+narrow: what does not fit in 60 columns stands on a line of its own. Sentences are broken at the width
+of a terminal and never in a pipe; what is there to be pasted is broken nowhere.
 """
 
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,29 @@ from replk_deploy import files, records
 from replk_deploy.errors import ReplkError
 from replk_deploy.progress import Progress as Listener
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+NAME = 5  # columns that are left to a row's name, at least
+PIPE = 120  # columns of a pipe, where nobody said how many: no name is folded
+
+
+def console(
+    variables: Mapping[str, str] | None = None, *, stderr: bool = False, terminal: bool | None = None
+) -> Console:
+    """Return stdout or stderr, without escape codes under NO_COLOR; what is not told is found out."""
+    made = Console(stderr=stderr, highlight=False, force_terminal=terminal, _environ=variables)
+    if made.no_color:
+        made._color_system = None  # rich itself would keep bold and dim
+    if not made.is_terminal and made._width is None:
+        made.width = PIPE
+    return made
+
+
+out, err = console(), console(stderr=True)
 WORDS = {"pass": "PASS", "provisional": "PASS (provisional)", "unverified": "UNVERIFIED", "rejected": "FAIL"} | {
     "inconclusive": "INCONCLUSIVE",
     "regression": "REGRESSION",
     "error": "ERROR",
 }
-FOUND, BECAUSE = "found or missing", "because"  # columns of sentences
+SENTENCES = FOUND, BECAUSE, CULPRIT = "found or missing", "because", "first wrong block"
 COLOURS = {
     "pass": "green",
     "provisional": "yellow",
@@ -42,8 +58,8 @@ COLOURS = {
 
 @contextmanager
 def bars() -> Iterator[Listener]:
-    """Show each step as a bar on a terminal's stderr, and as one line elsewhere."""
-    if not err.is_terminal:
+    """Show each step as a bar on a terminal that moves and colours, and as one line elsewhere."""
+    if err.color_system is None:
         seen: set[str] = set()
 
         def line(step: str, done: int, total: int | None) -> None:
@@ -105,9 +121,15 @@ def show(result: Any, words: Callable[[], None], last: str, state: str, *, as_js
     verdict(state, last, out)
 
 
-def verdict(state: str, text: str, console: Console = out) -> None:
+def verdict(state: str, text: str, where: Console) -> None:
     """Print the last line."""
-    console.print(f"[bold {COLOURS[state]}]{WORDS[state]}[/] {escape(text)}", soft_wrap=True)
+    say(f"[bold {COLOURS[state]}]{WORDS[state]}[/] {escape(text)}", where)
+
+
+def say(text: str, where: Console | None = None) -> None:
+    """Print a sentence: broken at the width of a terminal, in one piece elsewhere."""
+    where = where or out
+    where.print(text, soft_wrap=not where.is_terminal)
 
 
 def inspection(seen: Any) -> None:
@@ -129,7 +151,7 @@ def inspection(seen: Any) -> None:
     }
     if loaded.ignored:
         facts["left aside"] = _some(loaded.ignored)
-    out.print(f"[bold]{escape(loaded.label)}[/]  {escape(loaded.file)}")
+    say(f"[bold]{escape(loaded.label)}[/]  {escape(loaded.file)}")
     pairs(facts)
     table = _table("kernel", "channels", "map", "MMAC", "inside", title="large kernels, per image")
     groups: dict[tuple[int, ...], list[Any]] = {}
@@ -140,9 +162,9 @@ def inspection(seen: Any) -> None:
         share = f"{one.inside_macs / one.macs:.1%}"
         times = f"{len(layers)} x " if len(layers) > 1 else ""
         table.add_row(f"{times}{kernel}x{kernel}", str(channels), f"{high}x{wide}", f"{one.macs / 1e6:.1f}", share)
-    out.print(table)
+    _print(table)
     for doubt in loaded.warnings:
-        out.print(f"[yellow]note[/] {escape(doubt)}", soft_wrap=True)
+        say(f"[yellow]note[/] {escape(doubt)}")
 
 
 def proof(found: Any, *, places: bool = True) -> None:
@@ -155,17 +177,17 @@ def proof(found: Any, *, places: bool = True) -> None:
         table.add_row(
             escape(row.name), f"{row.rel_l2:.1e}", f"{limit:.1e}", f"{row.worst:.2f}", f"[{colour}]{row.state}[/]"
         )
-    out.print(table)
+    _print(table)
     if found.modules and places:
         worst = max(found.modules.values())
-        out.print(f"{len(found.modules)} re-parameterised blocks alone: worst {worst:.1e}, limit 1.0e-12")
+        say(f"{len(found.modules)} re-parameterised blocks alone: worst {worst:.1e}, limit 1.0e-12")
     ties, flips = sum(a.ties for a in found.agreements), sum(a.flips for a in found.agreements)
     if ties or flips:
-        out.print(f"top-1: {flips} flipped, {ties} between classes too close to tell apart")
+        say(f"top-1: {flips} flipped, {ties} between classes too close to tell apart")
     if found.doubt:
-        out.print(f"[yellow]note[/] {escape(found.doubt)}", soft_wrap=True)
+        say(f"[yellow]note[/] {escape(found.doubt)}")
     if found.state == "rejected":
-        out.print(f"[red]why[/]  {escape(found.sentence)}", soft_wrap=True)
+        say(f"[red]why[/]  {escape(found.sentence)}")
 
 
 def latency(found: Any) -> None:
@@ -191,21 +213,21 @@ def latency(found: Any) -> None:
         cells += [_quantile(row.gpu_p50_ms) if row.gpu_p50_ms else "–"] if gpu else []
         cells += [f"{row.throughput.images_per_s:.0f}" if row.throughput else "–"] if flow else []
         table.add_row(*cells, _ratio(row.ratio.median) if row.ratio else alone)
-    out.print(table)
+    _print(table)
     base = timed.baseline_model or timed.baseline
     types = ", ".join(sorted(precisions))
     place = "input in place, L2 cache emptied before each inference" if cold else "input in place"
-    out.print(f"{types}, host clock, {place}, 95% intervals; ratio is time over {escape(base)}'s, paired by round")
+    say(f"{types}, host clock, {place}, 95% intervals; ratio is time over {escape(base)}'s, paired by round")
     for row in rows:
         for why in (*row.notes, *row.unstable):
-            out.print(f"[yellow]note[/] {escape(row.name)}: {escape(why)}", soft_wrap=True)
+            say(f"[yellow]note[/] {escape(row.name)}: {escape(why)}")
         if row.facts.get("lowering", "none") != "none":
-            out.print(f"{escape(row.name)}: large convolutions as {row.facts['lowering']}", soft_wrap=True)
+            say(f"{escape(row.name)}: large convolutions as {row.facts['lowering']}")
     for name, why in timed.failures.items():
-        out.print(f"[red]left[/] {escape(name)}: {escape(why)}", soft_wrap=True)
+        say(f"[red]left[/] {escape(name)}: {escape(why)}")
     for name, judged in found.agreements.items():
         file = found.artefacts.get(name)
-        out.print(f"{escape(f'{name} on {file}' if file else name)}: {escape(judged.sentence)}", soft_wrap=True)
+        say(f"{escape(f'{name} on {file}' if file else name)}: {escape(judged.sentence)}")
 
 
 def comparison(found: Any) -> None:
@@ -217,17 +239,17 @@ def comparison(found: Any) -> None:
         interval = "" if low is None else f"\n[dim]{low:.3f}-{high:.3f}[/]"
         medians = [f"{statistics.median(side.p50_ms):.3f}" for side in (row.base, row.new)]
         table.add_row(row.name, *medians, f"{row.ratio:.3f}{interval}", f"[{colours[row.word]}]{row.word}[/]")
-    out.print(table)
+    _print(table)
     for side, names in (("base", found.only_in_base), ("new", found.only_in_new)):
         if names:
-            out.print(f"only in {side}: {escape(', '.join(names))}", soft_wrap=True)
+            say(f"only in {side}: {escape(', '.join(names))}")
     for row in found.rows:
         if row.why:
-            out.print(f"[yellow]ambiguous[/] {escape(row.name)}: {escape(row.why)}", soft_wrap=True)
+            say(f"[yellow]ambiguous[/] {escape(row.name)}: {escape(row.why)}")
     for doubt in found.doubts:
-        out.print(f"[yellow]note[/] {escape(doubt)}", soft_wrap=True)
+        say(f"[yellow]note[/] {escape(doubt)}")
     for name in found.regressions:
-        out.print(f"[red]slower[/] {escape(name)}: by more than {found.max_regress:.1%}", soft_wrap=True)
+        say(f"[red]slower[/] {escape(name)}: by more than {found.max_regress:.1%}")
 
 
 def engine(made: Any) -> None:
@@ -245,12 +267,12 @@ def engine(made: Any) -> None:
     if made.proof:
         proof(made.proof)
     if made.absent:
-        out.print(f"[yellow]note[/] not run here: {escape(made.absent)}", soft_wrap=True)
+        say(f"[yellow]note[/] not run here: {escape(made.absent)}")
 
 
 def profile(found: Any, *, most: int = 30) -> None:
     """Print the sentence, then the layers that take most, large kernels marked."""
-    out.print(escape(found.sentence), soft_wrap=True)
+    say(escape(found.sentence))
     table = _table("layer", "ms", "share", "MMAC", "in map", "x best", title=f"layers of {found.backend}")
     shown = sorted(found.layers, key=lambda layer: -layer.ms.value)[:most]
     for layer in sorted(shown, key=found.layers.index):
@@ -266,14 +288,14 @@ def profile(found: Any, *, most: int = 30) -> None:
     rest = found.unattributed_ms
     table.add_row("in no layer", f"{rest:.3f}", f"{rest / found.whole_ms.value:.1%}", "", "", "")
     table.add_row("[bold]whole, unwatched[/]", _quantile(found.whole_ms, 3), "100.0%", "", "", "")
-    out.print(table)
+    _print(table)
     limits = found.roofline
-    out.print(
+    say(
         f"x best is time over what {limits.copy_gbps:.0f} GB/s and {limits.matrix_gflops:.0f} GFLOP/s"
         f" ({limits.computes}), measured just now, allow; bold layers hold large kernels"
     )
     for doubt in found.doubts:
-        out.print(f"[yellow]note[/] {escape(doubt)}", soft_wrap=True)
+        say(f"[yellow]note[/] {escape(doubt)}")
 
 
 def doctor(found: Any) -> None:
@@ -286,9 +308,10 @@ def doctor(found: Any) -> None:
         facts = ", ".join(f"{name} {value}" for name, value in runtime.facts.items())
         words = escape(facts) if facts else f"{escape(runtime.why)}\n[dim]{escape(runtime.fix)}[/]"
         table.add_row(runtime.name, f"[{colours[runtime.state]}]{runtime.state}[/]", words)
-    out.print(table)
+    _print(table)
     for trouble in found.troubles:
-        out.print(f"[red]known trouble[/] {escape(trouble.problem)}\n  {escape(trouble.fix)}", soft_wrap=True)
+        say(f"[red]known trouble[/] {escape(trouble.problem)}")
+        out.print(f"  {escape(trouble.fix)}", soft_wrap=True)
 
 
 def lowering(made: Any) -> None:
@@ -309,12 +332,15 @@ def lowering(made: Any) -> None:
         before, after = dict(times).get("none"), dict(times).get(choice)
         gain = "–" if before is None else f"{before:.3g}" if choice == "none" else f"{before:.3g} → {after:.3g}"
         table.add_row(f"{f'{count} x ' if count > 1 else ''}{layer}", choice, gain, f"{held / 1e6:.1f}", why)
-    out.print(table if sites else "no large convolution: the graph is what it was")
+    if sites:
+        _print(table)
+    else:
+        say("no large convolution: the graph is what it was")
     grown = f"weights {made.lowered.bytes_before / 1e6:.1f} → {made.lowered.bytes_after / 1e6:.1f} MB"
-    out.print(f"{grown}, {made.lowered.growth:.2f} times" + (f"; times: {plan.source}" if plan.source else ""))
+    say(f"{grown}, {made.lowered.growth:.2f} times" + (f"; times: {plan.source}" if plan.source else ""))
     if made.errors:
         worst = max(made.errors.values())
-        out.print(f"{len(made.errors)} places alone, in float64: worst {worst:.1e}, limit 1.0e-12")
+        say(f"{len(made.errors)} places alone, in float64: worst {worst:.1e}, limit 1.0e-12")
     if made.proof:
         proof(made.proof, places=False)
 
@@ -330,7 +356,7 @@ def calibration(found: Any) -> None:
         best = min(times, key=lambda form: times[form])
         cells = (f"[bold]{times[f]:.3g}[/]" if f == best else f"{times[f]:.3g}" if f in times else "–" for f in forms)
         table.add_row(f"{taps[0]}x{taps[1]}", str(channels), f"{size[0]}x{size[1]}", str(batch), *cells)
-    out.print(table)
+    _print(table)
 
 
 def accuracy(steps: Sequence[Any]) -> None:
@@ -341,16 +367,17 @@ def accuracy(steps: Sequence[Any]) -> None:
         table.add_row(
             row["step"], f"{row['top1']:.2%}", f"{row['correct']} of {whole}", f"{row['same_as_first']} of {whole}"
         )
-    out.print(table)
+    _print(table)
 
 
 def receptive(found: Any) -> None:
     """Print how much of an image holds how much of the receptive field."""
-    table = _table("network", *(f"{s.share:.0%} in" for s in found.fields[0].squares), title="receptive field")
-    for field in found.fields:
-        table.add_row(field.network, *(f"{s.height}x{s.width} = {s.area:.1%}" for s in field.squares))
-    out.print(table)
-    out.print(f"over {found.images} images of {found.size[0]}x{found.size[1]}: {escape(found.shown)}")
+    table = _table("share", *(field.network for field in found.fields), title="receptive field")
+    for squares in zip(*(field.squares for field in found.fields), strict=True):
+        areas = (f"{square.height}x{square.width} = {square.area:.1%}" for square in squares)
+        table.add_row(f"{squares[0].share:.0%}", *areas)
+    _print(table)
+    say(f"over {found.images} images of {found.size[0]}x{found.size[1]}: {escape(found.shown)}")
 
 
 def document(text: str) -> None:
@@ -370,17 +397,17 @@ def chain(done: Any) -> None:
             table.add_row(escape(f"  {row['name']}"), f"{rel_l2:.1e}", f"{limit:.1e}", f"{worst:.2f}", row["state"])
         name = f"[bold]{escape(Path(step['file']).name)}[/]"
         table.add_row(name, "", "", f"{step['verdict']['worst'] or 0:.2f}", f"[{COLOURS[state]}]{state}[/]")
-    out.print(table)
+    _print(table)
 
 
 def selftest(found: Any) -> None:
     """Print each planted bug and whether the gate caught it."""
-    table = _table("planted bug", "rel. L2", "first wrong block", title="selftest")
+    table = _table("planted bug", "rel. L2", CULPRIT, title="selftest")
     for row in found.plants:
         caught = escape(row.caught_by) if row.caught else "[red]MISSED[/]"
         table.add_row(escape(row.bug), f"{row.rel_l2:.1e}", caught)
-    out.print(table)
-    out.print(f"{found.clean} correct fusions: {found.false_alarms} false alarms")
+    _print(table)
+    say(f"{found.clean} correct fusions: {found.false_alarms} false alarms")
 
 
 def pairs(facts: dict[str, str]) -> None:
@@ -388,7 +415,7 @@ def pairs(facts: dict[str, str]) -> None:
     table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
         table.add_row(f"[dim]{escape(name)}[/]", escape(value))
-    out.print(table)
+    _print(table)
 
 
 def _table(*heads: str, title: str) -> Table:
@@ -396,9 +423,19 @@ def _table(*heads: str, title: str) -> Table:
     first, *others = heads
     columns = (
         Column(first, overflow="fold"),
-        *(Column(head, no_wrap=head not in {FOUND, BECAUSE}, overflow="fold") for head in others),
+        *(Column(head, no_wrap=head not in SENTENCES, overflow="fold") for head in others),
     )
     return Table(*columns, title=title, title_justify="left")
+
+
+def _print(table: Table) -> None:
+    """Print a table; where its numbers alone are too wide for the window, they are folded, not cut."""
+    fixed = [column for column in table.columns if column.no_wrap]
+    wide = sum(max(out.measure(cell).maximum for cell in (column.header, *column.cells)) for column in fixed)
+    if wide + 3 * len(table.columns) + 1 + NAME > out.width:
+        for column in fixed:
+            column.no_wrap = False
+    out.print(table)
 
 
 def _quantile(value: Any, digits: int = 2) -> str:

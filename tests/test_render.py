@@ -186,6 +186,18 @@ def test_a_proof_says_its_worst_limit_and_why_it_failed(width: int, capsys) -> N
         assert "top-1: 2 flipped, 1 between" in text
 
 
+def test_a_table_whose_numbers_are_wider_than_the_window_is_folded_and_never_cut(monkeypatch, capsys) -> None:
+    forms = [f"form{n}-of-a-long-name" for n in range(6)]
+    costs = [SimpleNamespace(form=f, taps=(31, 31), channels=64, map=(56, 56), batch=8, ms=1.25) for f in forms]
+    said = {}
+    for columns in (60, 1000):
+        monkeypatch.setattr(render.out, "_width", columns)
+        render.calibration(SimpleNamespace(costs=costs))
+        said[columns] = capsys.readouterr().out
+    assert max(map(len, said[60].splitlines())) <= 60
+    assert sorted(re.findall(r"\w", said[60])) == sorted(re.findall(r"\w", said[1000]))
+
+
 @pytest.mark.parametrize("columns", [40, 60, 200])
 def test_facts_too_long_for_the_line_are_folded_and_never_cut(monkeypatch, capsys, columns: int) -> None:
     monkeypatch.setattr(render.out, "_width", columns)
