@@ -31,6 +31,7 @@ from replk_deploy.backends import cuda
 from replk_deploy.kernels import nvrtc, op
 from replk_deploy.kernels.launch import Activation
 from replk_deploy.kernels.network import ChannelMajor
+from replk_deploy.kernels.tuning import captured, replayed_ms
 from replk_deploy.models.replknet import VARIANTS, RepLKNet
 from replk_deploy.poison import randomise
 from replk_deploy.preprocess import Preprocessing
@@ -44,37 +45,15 @@ PRODUCT_FLOP = {1: 16 * 8 * 16 * 2, 0: 16 * 8 * 8 * 2}
 Run = Callable[[], object]
 
 
-def captured(run: Run, calls: int) -> torch.cuda.CUDAGraph:
-    """Capture calls in a row, after one that compiles and chooses."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.inference_mode():
-        run()
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                run()
-    return graph
-
-
-def replayed_ms(graph: torch.cuda.CUDAGraph) -> float:
-    """Time one replay on the GPU."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
 def race(runs: Mapping[str, Run], calls: int = 1) -> dict[str, Any]:
     """Time runs in turns; a run does its work `calls` times. The first is what the others' ratios are of."""
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for name, run in runs.items():
-        once = captured(run, 1)
-        replayed_ms(once)
-        repeats = max(1, min(200, round(STRETCH_MS / replayed_ms(once))))
-        graphs[name] = (captured(run, repeats), repeats * calls)
+        with torch.inference_mode():
+            once = captured(run, 1)
+            replayed_ms(once)
+            repeats = max(1, min(200, round(STRETCH_MS / replayed_ms(once))))
+            graphs[name] = (captured(run, repeats), repeats * calls)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(ROUNDS):
         for name in list(graphs)[:: 1 if turn % 2 else -1]:
