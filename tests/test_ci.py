@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from replk_deploy import ci, pipeline, records
+from replk_deploy.backends import BACKENDS
 from replk_deploy.ci import Case
 from replk_deploy.cli import app
 from replk_deploy.errors import ContractError, Exit, MismatchError, UnavailableError
+from replk_deploy.precision import PRECISIONS
 from tests import networks
 from tests.test_compare import record, row
 
@@ -304,3 +306,20 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
     assert "::error" in words
     used = set(re.findall(r"inputs\.([\w-]+)", json.dumps(action["runs"])))
     assert used == action["inputs"].keys(), "each input is used"
+
+
+def test_our_own_workflow_runs_the_tests_and_the_action_as_they_are() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert workflow.keys() >= {"jobs", True}, "`on` is true in YAML 1.1"
+    (job,) = workflow["jobs"].values()
+    steps = [step.get("run") or step["uses"] for step in job["steps"]]
+    assert "make test" in steps
+    assert "make test " in (ROOT / "README.md").read_text(encoding="utf-8")
+    (given,) = (step["with"] for step in job["steps"] if step.get("uses") == "./")
+    assert steps.index("make test") < steps.index("./"), "which makes the .venv that the action takes replk from"
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    assert given.keys() <= inputs.keys()
+    assert given.keys() >= {name for name, field in inputs.items() if field.get("required")}
+    assert all((ROOT / given[name]).is_file() for name in ("checkpoint", "data"))
+    assert set(given["precision"].split()) <= set(PRECISIONS)
+    assert set(given["backends"].split()) <= set(BACKENDS)
