@@ -549,7 +549,8 @@ def report(
     from replk_deploy.report import forms
 
     found = pipeline.report(tuple(runs or ()), html=html, markdown=markdown, junit=junit, json=as_json)
-    places = [str(p) for p in (html, markdown, junit, as_json) if p] or [f"{found.runs[0].name}/report.html"]
+    folder = runs[0] if runs else advice.RUNS / found.runs[0].name
+    places = [str(p) for p in (html, markdown, junit, as_json) if p] or [f"{folder}/report.html"]
     console = render.out
     if str(as_json) == "-":
         render.document(forms.as_json(found))
