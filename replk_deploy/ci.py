@@ -7,7 +7,7 @@ empty suite fails.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from xml.etree import ElementTree as ET
 
 from replk_deploy.compare import Comparison
@@ -15,15 +15,25 @@ from replk_deploy.errors import ReplkError
 from replk_deploy.proof import Proof
 
 NOTHING = "nothing was compared"
+UNENDED = "it has not ended: it is still at work, or it was killed, which a lack of memory may do"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One comparison: what was found, in words, and why it failed; empty when it passed."""
+    """One comparison: what was found, in words, and why it failed; empty when it passed.
+
+    An `error` is a failure that is no answer, because something stopped the question.
+    """
 
     name: str
     found: str
     failure: str = ""
+    error: bool = False
+
+    @classmethod
+    def stopped(cls, name: str, why: str) -> Self:
+        """Return the case of a question that has no answer."""
+        return cls(name=name, found="", failure=why, error=True)
 
 
 def of_proof(proof: Proof) -> tuple[Case, ...]:
@@ -73,13 +83,15 @@ def of_deployment(run: Mapping[str, Any]) -> tuple[Case, ...]:
 def junit(suite: str, cases: Sequence[Case]) -> str:
     """Write a suite as JUnit's XML, as test reporters of CI systems read it."""
     cases = cases or (Case(name=suite, found="", failure=NOTHING),)
-    failures = sum(bool(case.failure) for case in cases)
-    root = ET.Element("testsuites", tests=str(len(cases)), failures=str(failures))
-    inside = ET.SubElement(root, "testsuite", name=suite, tests=str(len(cases)), failures=str(failures))
+    errors = sum(case.error for case in cases)
+    failures = sum(bool(case.failure) for case in cases) - errors
+    counts = {"tests": str(len(cases)), "failures": str(failures), "errors": str(errors)}
+    root = ET.Element("testsuites", counts)
+    inside = ET.SubElement(root, "testsuite", counts, name=suite)
     for case in cases:
         found = ET.SubElement(inside, "testcase", classname=f"replk.{suite}", name=_text(case.name))
         if case.failure:
-            ET.SubElement(found, "failure", message=_text(case.failure))
+            ET.SubElement(found, "error" if case.error else "failure", message=_text(case.failure))
         if case.found:
             ET.SubElement(found, "system-out").text = _text(case.found)
     ET.indent(root)

@@ -14,7 +14,7 @@ from replk_deploy import __version__, advice, config, files, machine, options, r
 from replk_deploy.backends import BACKENDS
 from replk_deploy.batch import DYNAMIC
 from replk_deploy.batch import Batch as Range
-from replk_deploy.errors import Exit, ReplkError
+from replk_deploy.errors import Exit, MismatchError, ReplkError, UnavailableError, first_line
 from replk_deploy.options import (
     AllowUnverified,
     Artefact,
@@ -55,22 +55,26 @@ class ErrorsAtTheEdge(typer.core.TyperGroup):
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except ReplkError as exc:
-            render.error(exc)
-            word = {Exit.MISMATCH: "rejected", Exit.INCONCLUSIVE: "inconclusive"}.get(exc.code, "error")
-            render.verdict(word, f"{ctx.invoked_subcommand}: {exc.problem.splitlines()[0].rstrip(':')}", render.err)
-            raise typer.Exit(exc.code) from exc
         except KeyboardInterrupt:
             render.note("interrupted; temporary files are removed")
             raise typer.Exit(Exit.INTERRUPTED) from None
-        except (MemoryError, RuntimeError) as exc:
-            if isinstance(exc, RuntimeError) and "can't allocate memory" not in str(exc):
+        except (ReplkError, MemoryError, RuntimeError) as exc:
+            if (said := _in_words(exc)) is None:
                 raise  # ours, with its traceback
-            render.error(
-                ReplkError("memory ran out", "take a smaller --size or --batch, or a machine with more memory")
-            )
-            render.verdict("error", f"{ctx.invoked_subcommand}: memory ran out", render.err)
-            raise typer.Exit(Exit.UNAVAILABLE) from exc
+            render.error(said)
+            word = {Exit.MISMATCH: "rejected", Exit.INCONCLUSIVE: "inconclusive"}.get(said.code, "error")
+            render.verdict(word, f"{ctx.invoked_subcommand}: {said.problem.splitlines()[0].rstrip(':')}", render.err)
+            raise typer.Exit(said.code) from exc
+
+
+def _in_words(exc: BaseException) -> ReplkError | None:
+    """Return what ended a command as a user should read it; None for a bug of ours."""
+    if isinstance(exc, ReplkError):
+        return exc
+    words = ("can't allocate memory", "out of memory")  # of PyTorch, on CPUs and on GPUs
+    if isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and any(w in str(exc) for w in words)):
+        return UnavailableError("memory ran out", "take a smaller --size or --batch, or a machine with more memory")
+    return None
 
 
 def _options_of(command: Any) -> dict[str, config.Option]:
@@ -640,7 +644,7 @@ def main() -> None:
 
 @contextmanager
 def _told(suite: str, junit: Path | None, *, github: bool) -> Iterator[Callable[[Sequence[Any]], None]]:
-    """Give what tells continuous integration of a verdict; what stops the command is told, too."""
+    """Give what tells continuous integration of a verdict; what stops the command is told, even where it is killed."""
     from replk_deploy import ci
 
     summary = machine.step_summary() if github else None
@@ -657,9 +661,18 @@ def _told(suite: str, junit: Path | None, *, github: bool) -> Iterator[Callable[
     try:
         if summary:
             ci.append(summary, "")
+        if junit:
+            files.write_text(junit, ci.junit(suite, (ci.Case.stopped(suite, ci.UNENDED),)))
         yield tell
-    except ReplkError as exc:
+    except KeyboardInterrupt:
+        tell((ci.Case.stopped(suite, "interrupted"),))
+        raise
+    except MismatchError as exc:
         tell((ci.Case(name=suite, found="", failure=str(exc)),))
+        raise
+    except Exception as exc:
+        said = _in_words(exc) or f"{type(exc).__name__}: {first_line(exc)}"
+        tell((ci.Case.stopped(suite, str(said)),))
         raise
 
 

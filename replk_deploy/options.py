@@ -29,6 +29,12 @@ def _record(path: Path | None) -> Path | None:
     return place(path)
 
 
+def _verdict(path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".xml":  # it is written before anything is read
+        raise ReplkError(f"--junit {path} does not end in .xml", "name a .xml file")
+    return place(path)
+
+
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint: .pth, .pt, .pkl or .safetensors.")]
 Artefact = Annotated[Path | None, typer.Argument(help="A run folder or one file; by default the latest run.")]
 Weights = Annotated[str, typer.Option("--weights", metavar="model|ema", help="Which weights of a training checkpoint.")]
@@ -45,7 +51,7 @@ Json = Annotated[
 ]
 Junit = Annotated[
     Path | None,
-    typer.Option("--junit", metavar="FILE", callback=place, help="Write the verdict as JUnit's XML, too."),
+    typer.Option("--junit", metavar="FILE", callback=_verdict, help="Write the verdict as JUnit's XML, too."),
 ]
 Github = Annotated[
     bool, typer.Option("--github", help="Annotate a run of GitHub Actions, and add to the summary of the step.")

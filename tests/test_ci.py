@@ -3,29 +3,37 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from replk_deploy import ci, pipeline, records
+from replk_deploy.backends import BACKENDS
 from replk_deploy.ci import Case
 from replk_deploy.cli import app
-from replk_deploy.errors import Exit
+from replk_deploy.errors import ContractError, Exit, MismatchError, UnavailableError
+from replk_deploy.precision import PRECISIONS
 from tests import networks
 from tests.test_compare import record, row
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = st.text(max_size=60)
-CASES = st.lists(st.builds(Case, name=TEXT, found=TEXT, failure=TEXT), max_size=4)
+CASES = st.lists(
+    st.builds(Case, name=TEXT, found=TEXT, failure=TEXT) | st.builds(Case.stopped, TEXT, TEXT.filter(bool)), max_size=4
+)
 
 
 def ask(*line: str | Path) -> Result:
@@ -35,18 +43,25 @@ def ask(*line: str | Path) -> Result:
 def suite(path: Path) -> tuple[dict[str, str], list[str]]:
     """Read a file of JUnit: counts, and the names that failed."""
     root = ET.fromstring(path.read_text(encoding="utf-8"))
-    failed = [case.attrib["name"] for case in root.iter("testcase") if case.find("failure") is not None]
+    kinds = {case.attrib["name"]: [part.tag for part in case if part.tag != "system-out"] for case in root[0]}
+    failed = [name for name, kind in kinds.items() if kind]
     (inside,) = root
-    assert len(list(root.iter("testcase"))) == int(inside.attrib["tests"])
-    assert len(failed) == int(inside.attrib["failures"]) == int(root.attrib["failures"])
+    counts = {"tests": len(kinds)}
+    counts |= {f"{kind}s": sum([kind] == found for found in kinds.values()) for kind in ("failure", "error")}
+    assert {key: int(inside.attrib[key]) for key in counts} == counts
+    assert {key: int(root.attrib[key]) for key in counts} == counts
     return dict(inside.attrib), failed
 
 
 @given(CASES)
 def test_any_words_survive(cases: list[Case]) -> None:
     root = ET.fromstring(ci.junit("verify", cases))
-    expected = [(ci._text(c.name), bool(c.failure)) for c in cases] or [("verify", True)]
-    assert [(c.attrib["name"], c.find("failure") is not None) for c in root.iter("testcase")] == expected
+    kinds = ["error" if c.error else "failure" if c.failure else None for c in cases] or ["failure"]
+    names = [ci._text(c.name) for c in cases] or ["verify"]
+    assert [c.attrib["name"] for c in root.iter("testcase")] == names
+    found = [[part.tag for part in c if part.tag != "system-out"] for c in root.iter("testcase")]
+    assert found == [[kind] if kind else [] for kind in kinds]
+    assert (int(root.attrib["failures"]), int(root.attrib["errors"])) == (kinds.count("failure"), kinds.count("error"))
 
     lines = list(ci.annotations("verify", cases))
     wrong = [c for c in cases if c.failure]
@@ -120,6 +135,50 @@ def test_a_summary_that_cannot_be_written_is_refused_before_the_work(
     assert ask("verify", checkpoints[0], checkpoints[0]).exit_code == Exit.OK, "nobody asked for GitHub"
 
 
+STOPS = {
+    "no backend": (UnavailableError("trt is not installed", "pip install tensorrt"), Exit.UNAVAILABLE, "pip install"),
+    "no memory": (MemoryError(), Exit.UNAVAILABLE, "memory ran out"),
+    "no memory on a GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried"), Exit.UNAVAILABLE, "memory ran out"),
+    "Ctrl-C": (KeyboardInterrupt(), Exit.INTERRUPTED, "interrupted"),
+    "a bug": (ContractError("a promise is broken"), Exit.BUG, "ContractError: a promise is broken"),
+}
+
+
+@pytest.mark.parametrize("command", ["verify", "deploy", "compare"])
+@pytest.mark.parametrize("stop", STOPS)
+def test_what_stops_a_command_is_an_error_and_no_verdict(
+    command: str, stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, summary = tmp_path / "junit.xml", tmp_path / "summary.md"
+    out.write_text("what an earlier run found")
+    exc, code, words = STOPS[stop]
+
+    def stopped(*_args: object, **_kwargs: object) -> None:
+        assert suite(out)[0]["errors"] == "1", "whoever is killed here leaves no old verdict"
+        raise exc
+
+    monkeypatch.setattr(pipeline, command, stopped)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    files = ["x.pth"] if command == "deploy" else ["x.pth", "y.onnx"]
+    done = ask(command, *files, "--junit", out, "--github")
+    assert done.exit_code == code, done.output
+    assert (suite(out)[0]["errors"], suite(out)[1]) == ("1", [command])
+    assert words in out.read_text()
+    assert f"::error title=replk {command}%3A {command}::" in done.stderr
+    assert words in summary.read_text()
+
+
+def test_a_mismatch_that_stops_a_deployment_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_args: object, **_kwargs: object) -> None:
+        raise MismatchError("ort-cpu answers otherwise", "see the report")
+
+    monkeypatch.setattr(pipeline, "deploy", stopped)
+    out = tmp_path / "junit.xml"
+    assert ask("deploy", "x.pth", "--junit", out).exit_code == Exit.MISMATCH
+    counts, failed = suite(out)
+    assert (counts["failures"], counts["errors"], failed) == ("1", "0", ["deploy"])
+
+
 def test_a_comparison_fails_by_row(tmp_path: Path) -> None:
     out = tmp_path / "junit.xml"
     for name, ms in (("base", 10.0), ("same", 10.01), ("slower", 20.0)):
@@ -158,17 +217,54 @@ def test_a_deployment_is_a_case_for_each_file_and_each_backend() -> None:
     }
 
 
+def snippet(page: str, key: str) -> Any:
+    """Return the one example in YAML that begins with a key."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^```yaml\n({key}:.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return yaml.safe_load(found)
+
+
+def installed(folder: Path) -> str:
+    """Put `replk` and `python` into a folder, as an installation would; return the PATH that finds them first."""
+    folder.mkdir()
+    program = folder / "replk"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
+    program.chmod(0o755)
+    (folder / "python").symlink_to(sys.executable)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_the_hook_proves_a_pair_and_stops_at_a_wrong_one(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    assert hook.keys() >= {"id", "name", "entry", "language"}
+    assert hook["pass_filenames"] is False, "two names are taken, and both are in args"
+    (used,) = snippet("ci.md", "repos")["repos"][0]["hooks"]
+    assert used["id"] == hook["id"]
+    for pattern in (hook["files"], used["files"]):
+        assert all(re.search(pattern, name) for name in used["args"])
+    assert not re.search(hook["files"], "train.py")
+
+    reference, judged = (tmp_path / name for name in used["args"])
+    reference.parent.mkdir()
+    path = installed(tmp_path / "bin")
+    for trained, code in ((checkpoints[0], Exit.OK), (checkpoints[1], Exit.MISMATCH)):
+        if not judged.exists():
+            assert ask("export", trained, "--onnx", "--size", "64", "--no-verify", "-o", judged).exit_code == Exit.OK
+        shutil.copy(trained, reference)
+        done = subprocess.run(
+            [*shlex.split(hook["entry"]), *used["args"]],
+            cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+
+
 def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
     steps = {step["name"]: step for step in action["runs"]["steps"]}
     given = {name: field.get("default", "") for name, field in action["inputs"].items()}
     given |= {"checkpoint": str(checkpoints[0]), "backends": "ort-cpu", "size": "64"}
     (tmp_path / "replk.toml").write_text("[deploy]\nmax-seconds = 3\n")
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "replk"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
-    program.chmod(0o755)
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    path = installed(tmp_path / "bin")
 
     def run(name: str) -> tuple[int, dict[str, str], str]:
         out = tmp_path / "output"
@@ -176,7 +272,7 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
         said = {key: re.fullmatch(r"\$\{\{ inputs\.([\w-]+) \}\}", text) for key, text in steps[name]["env"].items()}
         environment = {key: given[found[1]] for key, found in said.items() if found}
         assert environment.keys() == steps[name]["env"].keys()
-        environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "GITHUB_OUTPUT": str(out)}
+        environment |= {"PATH": path, "GITHUB_OUTPUT": str(out)}
         done = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", steps[name]["run"]],
             cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300,
@@ -210,3 +306,20 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
     assert "::error" in words
     used = set(re.findall(r"inputs\.([\w-]+)", json.dumps(action["runs"])))
     assert used == action["inputs"].keys(), "each input is used"
+
+
+def test_our_own_workflow_runs_the_tests_and_the_action_as_they_are() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert workflow.keys() >= {"jobs", True}, "`on` is true in YAML 1.1"
+    (job,) = workflow["jobs"].values()
+    steps = [step.get("run") or step["uses"] for step in job["steps"]]
+    assert "make test" in steps
+    assert "make test " in (ROOT / "README.md").read_text(encoding="utf-8")
+    (given,) = (step["with"] for step in job["steps"] if step.get("uses") == "./")
+    assert steps.index("make test") < steps.index("./"), "which makes the .venv that the action takes replk from"
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    assert given.keys() <= inputs.keys()
+    assert given.keys() >= {name for name, field in inputs.items() if field.get("required")}
+    assert all((ROOT / given[name]).is_file() for name in ("checkpoint", "data"))
+    assert set(given["precision"].split()) <= set(PRECISIONS)
+    assert set(given["backends"].split()) <= set(BACKENDS)

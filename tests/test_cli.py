@@ -137,12 +137,15 @@ def test_a_record_is_never_written_over_something_else(folder: Path, target: str
     before = (folder / "ckpt.pth").read_bytes()
     done = ask("inspect", "ckpt.pth", "--json", target)
     assert done.exit_code == Exit.USAGE
+    done = ask("verify", "ckpt.pth", "ckpt.pth", "--junit", target)
+    assert done.exit_code == Exit.USAGE
     assert (folder / "ckpt.pth").read_bytes() == before
     assert not (folder / "report.txt").exists()
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(in_empty_folder: Path) -> None:
-    Path("folder.json").mkdir()
+    for ending in ("json", "xml"):
+        Path(f"folder.{ending}").mkdir()
     Path("file").write_text("")
     commands = typer.main.get_command(app).commands
     reads = {"data", "refit", "timing-cache"}
@@ -154,11 +157,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(in_em
     ]
     assert {option for _, option in asked} == {"output", "json", "junit", "html", "markdown"}
     for command, option in asked:
-        for place in ("folder.json", "file/new.json"):
+        ending = "xml" if option == "junit" else "json"
+        for place in (f"folder.{ending}", f"file/new.{ending}"):
             done = ask(command, f"--{option}", place)
             assert done.exit_code == Exit.USAGE, (command, option)
             assert done.stderr.startswith(f"error {place} "), (command, option, done.stderr)
-    assert sorted(p.name for p in in_empty_folder.iterdir()) == ["file", "folder.json"]
+    assert sorted(p.name for p in in_empty_folder.iterdir()) == ["file", "folder.json", "folder.xml"]
 
 
 def test_a_request_to_end_is_an_interrupt_that_leaves_nothing(tmp_path: Path) -> None:
