@@ -4,8 +4,8 @@ python benchmarks/latency.py [--variant RepLKNet-31B] [--size N] [--precision fp
                              [--backend torch ...] [--baseline timm:NAME ...] [--lower none ...]
                              [--cuda-graph on] [--max-seconds 60] [--keep FOLDER]
 
-Writes docs/benchmarks/latency-<device>.json, one entry per variant, size, precision, backends, batches and use
-of CUDA graphs; others stay.
+Writes docs/benchmarks/latency-<device>.json, one entry per variant, size, precision, backends, batches, use of
+CUDA graphs and forms, with the command that made it; others stay.
 The checkpoint has random weights and BatchNorm statistics that fit the activations and are then disturbed.
 All rows of one entry ran in turns in one process, each judged by float64 just before. Samples are left out
 of the committed record; `replk bench --json` keeps them.
@@ -14,6 +14,7 @@ of the committed record; `replk bench --json` keeps them.
 import argparse
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from replk_deploy.precision import PRECISIONS, Precision
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
 BASELINES = ("timm:swin_base_patch4_window7_224", "timm:convnext_base")
+COMMAND = shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]])
 LEFT_OUT = ("samples_ms", "blocks", "windows", "gpu_ms", "enqueue_ms", "flags", "pace")
 
 
@@ -100,9 +102,10 @@ def main() -> None:
         folder = options.keep or Path(held.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         for precision in options.precision or ["fp32"]:
-            asked = (*(options.backend or ["all"]), f"b{','.join(map(str, options.batch))}", options.cuda_graph)
-            key = " ".join((options.variant, str(options.size), precision, *asked))
-            whole["entries"][key] = measure(options, precision, folder)
+            lower = f"lower {','.join(options.lower)}" if options.lower else ""
+            asked = (*(options.backend or ["all"]), f"b{','.join(map(str, options.batch))}", options.cuda_graph, lower)
+            key = " ".join((options.variant, str(options.size), precision, *filter(None, asked)))
+            whole["entries"][key] = {"command": COMMAND, **measure(options, precision, folder)}
             path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
             for row in whole["entries"][key]["bench"]["rows"]:
                 ratio = row["ratio"]["median"]["value"] if row["ratio"] else float("nan")

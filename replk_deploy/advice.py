@@ -1,5 +1,6 @@
 """What to do next in a folder: from the checkpoints and the run that lie there."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def _begin(folder: Path) -> Advice:
             ),
         )
     name = max(found, key=lambda path: path.stat().st_mtime).name
-    quoted = f"'{name}'" if " " in name else name
+    quoted = shlex.quote(name)
     return Advice(
         stands=f"{name}, and no run yet",
         commands=(

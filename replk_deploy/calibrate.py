@@ -170,7 +170,7 @@ def device_name(device: cuda.Device) -> str:
     """Return what calibrations call a device of this machine: the GPU's name, or the processor and its instructions."""
     if device == "cuda":
         return str(cuda.facts()["gpu"])
-    return f"{CPU} {machine.environment()['cpu']} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{CPU} {machine.cpu()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _conv(weight: Array, bias: Array) -> nn.Module:

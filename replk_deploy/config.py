@@ -54,9 +54,11 @@ def choices(
     everywhere = {key: value for key, value in table.items() if not isinstance(value, dict)}
     known = {key for options in commands.values() for key in options}
     for key, value in everywhere.items():
+        if key not in known:
+            raise _unknown(path, key, key, {*known, *commands})
         takers = [name for name, options in commands.items() if key in options and _fits(options[key], value)]
         if not takers:
-            _refuse(path, key, value, {*known, *commands} if key not in known else ())
+            raise _unfit(path, key, value)
         for name in takers:
             option = commands[name][key]
             said.setdefault(name, {})[option.parameter] = _taken(option, value, path)
@@ -70,7 +72,7 @@ def choices(
                 raise _unknown(path, f"[{name}] {key}", key, commands[name])
             option = commands[name][key]
             if not _fits(option, value):
-                _refuse(path, f"[{name}] {key}", value)
+                raise _unfit(path, f"[{name}] {key}", value)
             said.setdefault(name, {})[option.parameter] = _taken(option, value, path)
     return path, said
 
@@ -119,7 +121,5 @@ def _unknown(path: Path, where: str, key: str, known: Iterable[str]) -> ReplkErr
     return ReplkError(f"{path}: nothing is called {where}", remedy)
 
 
-def _refuse(path: Path, where: str, value: Any, known: Iterable[str] = ()) -> None:
-    if known:
-        raise _unknown(path, where, where, known)
-    raise ReplkError(f"{path}: {where} = {value!r} is no value that it takes", "see replk COMMAND --help")
+def _unfit(path: Path, where: str, value: Any) -> ReplkError:
+    return ReplkError(f"{path}: {where} = {value!r} is no value that it takes", "see replk COMMAND --help")

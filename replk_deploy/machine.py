@@ -28,7 +28,7 @@ MIB = 2**20
 def environment() -> dict[str, Fact]:
     """Describe machine, settings and versions; None where something cannot be known."""
     facts: dict[str, Fact] = {
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores_physical": psutil.cpu_count(logical=False),
         "threads_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_quota": _quota(),
@@ -92,7 +92,8 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _cpu() -> str | None:
+def cpu() -> str | None:
+    """Return what the processor calls itself."""
     lines = (_text(Path("/proc/cpuinfo")) or "").splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or None)

@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree as ET
 
@@ -18,9 +21,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from replk_deploy import ci, pipeline, records
+from replk_deploy.backends import BACKENDS
 from replk_deploy.ci import Case
 from replk_deploy.cli import app
 from replk_deploy.errors import ContractError, Exit, MismatchError, UnavailableError
+from replk_deploy.precision import PRECISIONS
 from tests import networks
 from tests.test_compare import record, row
 
@@ -247,17 +252,54 @@ def test_a_deployment_is_a_case_for_each_file_and_each_backend() -> None:
     assert [c.file for c in cases] == ["out/fused.safetensors", "out/model.fp16.onnx", "", "", ""]
 
 
+def snippet(page: str, key: str) -> Any:
+    """Return the one example in YAML that begins with a key."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^```yaml\n({key}:.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return yaml.safe_load(found)
+
+
+def installed(folder: Path) -> str:
+    """Put `replk` and `python` into a folder, as an installation would; return the PATH that finds them first."""
+    folder.mkdir()
+    program = folder / "replk"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
+    program.chmod(0o755)
+    (folder / "python").symlink_to(sys.executable)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_the_hook_proves_a_pair_and_stops_at_a_wrong_one(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    assert hook.keys() >= {"id", "name", "entry", "language"}
+    assert hook["pass_filenames"] is False, "two names are taken, and both are in args"
+    (used,) = snippet("ci.md", "repos")["repos"][0]["hooks"]
+    assert used["id"] == hook["id"]
+    for pattern in (hook["files"], used["files"]):
+        assert all(re.search(pattern, name) for name in used["args"])
+    assert not re.search(hook["files"], "train.py")
+
+    reference, judged = (tmp_path / name for name in used["args"])
+    reference.parent.mkdir()
+    path = installed(tmp_path / "bin")
+    for trained, code in ((checkpoints[0], Exit.OK), (checkpoints[1], Exit.MISMATCH)):
+        if not judged.exists():
+            assert ask("export", trained, "--onnx", "--size", "64", "--no-verify", "-o", judged).exit_code == Exit.OK
+        shutil.copy(trained, reference)
+        done = subprocess.run(
+            [*shlex.split(hook["entry"]), *used["args"]],
+            cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+
+
 def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
     steps = {step["name"]: step for step in action["runs"]["steps"]}
     given = {name: field.get("default", "") for name, field in action["inputs"].items()}
     given |= {"checkpoint": str(checkpoints[0]), "backends": "ort-cpu", "size": "64"}
     (tmp_path / "replk.toml").write_text("[deploy]\nmax-seconds = 3\n")
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "replk"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "cli.py"} "$@"\n')
-    program.chmod(0o755)
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    path = installed(tmp_path / "bin")
 
     def run(name: str) -> tuple[int, dict[str, str], str]:
         out = tmp_path / "output"
@@ -265,7 +307,7 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
         said = {key: re.fullmatch(r"\$\{\{ inputs\.([\w-]+) \}\}", text) for key, text in steps[name]["env"].items()}
         environment = {key: given[found[1]] for key, found in said.items() if found}
         assert environment.keys() == steps[name]["env"].keys()
-        environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "GITHUB_OUTPUT": str(out)}
+        environment |= {"PATH": path, "GITHUB_OUTPUT": str(out)}
         done = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", steps[name]["run"]],
             cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300,
@@ -299,3 +341,20 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
     assert "::error" in words
     used = set(re.findall(r"inputs\.([\w-]+)", json.dumps(action["runs"])))
     assert used == action["inputs"].keys(), "each input is used"
+
+
+def test_our_own_workflow_runs_the_tests_and_the_action_as_they_are() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert workflow.keys() >= {"jobs", True}, "`on` is true in YAML 1.1"
+    (job,) = workflow["jobs"].values()
+    steps = [step.get("run") or step["uses"] for step in job["steps"]]
+    assert "make test" in steps
+    assert "make test " in (ROOT / "README.md").read_text(encoding="utf-8")
+    (given,) = (step["with"] for step in job["steps"] if step.get("uses") == "./")
+    assert steps.index("make test") < steps.index("./"), "which makes the .venv that the action takes replk from"
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    assert given.keys() <= inputs.keys()
+    assert given.keys() >= {name for name, field in inputs.items() if field.get("required")}
+    assert all((ROOT / given[name]).is_file() for name in ("checkpoint", "data"))
+    assert set(given["precision"].split()) <= set(PRECISIONS)
+    assert set(given["backends"].split()) <= set(BACKENDS)

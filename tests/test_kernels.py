@@ -449,8 +449,8 @@ class Timer:
         self.capturing = False
         patch.setattr(torch.cuda, "get_device_name", lambda: "False GPU")
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        patch.setattr(tuning, "_graph", lambda run: run)
-        patch.setattr(tuning, "_ms", self._ms)
+        patch.setattr(tuning, "captured", lambda run: run)
+        patch.setattr(tuning, "replayed_ms", self._ms)
         patch.setattr(tuning, "_path", lambda _gpu: path)
         self.forget(patch)
 

@@ -19,6 +19,7 @@ import replk_deploy
 from replk_deploy import cli, pipeline
 from replk_deploy.errors import IntegrityError, ReplkError
 from replk_deploy.models.replknet import RepLKGeometry
+from replk_deploy.pipeline.racing import label
 from replk_deploy.report import facts, forms, sections
 from tests import networks
 
@@ -238,6 +239,42 @@ def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
         pipeline.report([run, run], html=tmp_path / "x.html")
     with pytest.raises(ReplkError, match="none of them"):
         pipeline.report([run, other])
+
+
+def test_a_baseline_is_not_taken_for_the_network(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "out" / "other"))
+    timed = json.loads((run / "results" / "bench.json").read_text())["rows"]
+    slowest = max(row["p50_ms"]["value"] for row in timed)
+
+    def tell(row: Any, ms: float) -> None:
+        row["p50_ms"]["value"] = ms
+        row["samples_ms"] = [ms] * len(row["samples_ms"])
+
+    def race(record: Any) -> None:
+        for row in record["rows"]:
+            tell(row, slowest * row["batch"])
+        peer = json.loads(json.dumps(record["rows"][0]))
+        name = f"{label('timm:swin_tiny_patch4_window7_224')} {peer['name']}"
+        peer |= {"model": label("timm:swin_tiny_patch4_window7_224"), "name": name}
+        peer["facts"]["sha256"] = "0" * 64
+        tell(peer, slowest / 1000)
+        record["rows"].append(peer)
+
+    change(run / "results" / "bench.json", race)
+    found = sections.sections(facts.read([run, other]))
+    fastest = found[0].parts[0].rows[0][-2]
+    assert fastest == f"{slowest:.3f}"
+    doubts = [part.text for part in of(found, f"Latency · {run.name}") if isinstance(part, sections.Doubt)]
+    assert not [text for text in doubts if "no longer holds" in text]
+
+    change(run / "results" / "bench.json", lambda record: record["rows"][0]["facts"].update(sha256="0" * 64))
+    found = sections.sections(facts.read([run, other]))
+    doubts = [part.text for part in of(found, f"Latency · {run.name}") if isinstance(part, sections.Doubt)]
+    assert [text for text in doubts if "no longer holds" in text]
+
+
+def of(found: tuple[sections.Section, ...], title: str) -> tuple[sections.Part, ...]:
+    return next(section.parts for section in found if section.title == title)
 
 
 def test_a_place_that_cannot_be_written_leaves_nothing(run: Path, tmp_path: Path) -> None:

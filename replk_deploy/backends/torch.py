@@ -26,13 +26,13 @@ from replk_deploy.backends.cuda import Device
 from replk_deploy.backends.leaves import leaf_times
 from replk_deploy.errors import ContractError
 from replk_deploy.lowerings import modules
+from replk_deploy.lowerings.base import LARGE
 from replk_deploy.models.base import Network
 from replk_deploy.precision import PRECISIONS, TOLERANCES, Precision
 
 Forward = Callable[[Tensor], tuple[Tensor, ...]]
 T = TypeVar("T")
 Surroundings = Callable[[], AbstractContextManager[None]]
-LARGE = 7  # kernel of a depthwise convolution
 LAYOUTS = {"channels_last": torch.channels_last, "channels_first": torch.contiguous_format}
 ASKED = {"nhwc": "channels_last", "nchw": "channels_first"}
 PROBES = 2  # timed answers per layout, after one to warm up; differences of interest are twofold and more
@@ -84,8 +84,11 @@ class TorchRuntime(Backend):
         with cuda.translated("hold the network"):
             if self.device == "cuda":
                 model = model.to(cuda.DEVICE)
+            large = settings.layout == "auto" and self.device == "cuda" and has_large_kernels(model)
+            self._asked = "nchw" if large else settings.layout
+            why = "large depthwise kernels on a GPU" if large else "asked for"
             size = metadata.preprocessing.size
-            facts["layout"], facts["layout_probe"] = self._layout_of(model, settings.layout, size, around)
+            facts["layout"], facts["layout_probe"] = self._layout_of(model, size, around, why)
         self._layout = LAYOUTS[facts["layout"]]
         self._model: Network | None = in_layout(model, self._layout)
         self._forward: Forward | None = _within(around, self._ready(self._model))
@@ -107,13 +110,11 @@ class TorchRuntime(Backend):
         return functools.partial(onednn.avoided, True) if stalls else None
 
     def _layout_of(
-        self, model: Network, asked: Literal["auto", "nchw", "nhwc"], size: tuple[int, int], around: Surroundings | None
+        self, model: Network, size: tuple[int, int], around: Surroundings | None, why: str
     ) -> tuple[str, str]:
-        """Return the name of the layout and, in words, why it was taken."""
-        if asked != "auto":
-            return ASKED[asked], "asked for"
-        if self.device == "cuda" and has_large_kernels(model):
-            return "channels_first", "large depthwise kernels on a GPU"
+        """Return the name of the layout and, in words, why it was taken; `why` where it is not measured."""
+        if self._asked != "auto":
+            return ASKED[self._asked], why
         measure = functools.partial(faster_layout, model, self._dtype, size)
         if self.device == "cuda":
             measure = functools.partial(measure, device=cuda.DEVICE, clock=cuda.clock, patience_s=None)

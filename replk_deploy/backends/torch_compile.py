@@ -20,7 +20,7 @@ from torch._inductor.compile_fx import compile_fx
 from replk_deploy.backends import compiler
 from replk_deploy.backends.base import DEFAULT, Array, Launch, Settings
 from replk_deploy.backends.cuda import Device
-from replk_deploy.backends.torch import Forward, TorchRuntime, has_large_kernels
+from replk_deploy.backends.torch import Forward, TorchRuntime
 from replk_deploy.errors import UnavailableError, first_line
 from replk_deploy.models.base import Network
 
@@ -53,15 +53,12 @@ class TorchCompile(TorchRuntime):
             UnavailableError: no compiler works, torch.compile is switched off, or there is no GPU as asked.
         """
         self._answers = 0
-        self._asked = settings.layout
         super().__init__(artefact, settings)
         chosen = {"auto": "inductor's choice", "nchw": "off", "nhwc": "forced"}[self._asked]
         said = {"shapes": "static", "mode": "default", "layout_optimization": chosen}
         self.facts = {**self.facts, **said}
 
     def _ready(self, model: Network) -> Forward:
-        if self._asked == "auto" and self.device == "cuda" and has_large_kernels(model):
-            self._asked = "nchw"
         patches: dict[str, Any] = {"triton.cudagraphs": False, **LAYOUT[self._asked]}
 
         def inductor(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:

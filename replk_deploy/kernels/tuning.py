@@ -72,16 +72,16 @@ def _answers(gpu: str) -> dict[str, str]:
 
 
 def _measured(runs: Sequence[Callable[[], object]]) -> int:
-    graphs = [_graph(run) for run in runs]
+    graphs = [captured(run) for run in runs]
     times = [math.inf] * len(runs)
     for _ in range(ROUNDS):
         for index, graph in enumerate(graphs):
-            times[index] = min(times[index], _ms(graph))
+            times[index] = min(times[index], replayed_ms(graph))
     return times.index(min(times))
 
 
-def _graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture a few calls in a row, so that no launch waits for the host."""
+def captured(run: Callable[[], object], calls: int = CALLS) -> torch.cuda.CUDAGraph:
+    """Capture calls in a row, so that no launch waits for the host; one more before compiles and chooses."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # missing in torch's stubs
     stream.wait_stream(torch.cuda.current_stream())
@@ -89,13 +89,13 @@ def _graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         run()
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            for _ in range(CALLS):
+            for _ in range(calls):
                 run()
     torch.cuda.current_stream().wait_stream(stream)
     return graph
 
 
-def _ms(graph: torch.cuda.CUDAGraph) -> float:
+def replayed_ms(graph: torch.cuda.CUDAGraph) -> float:
     """Return the milliseconds of a replay on the GPU."""
     start, end = _event(), _event()
     start.record()

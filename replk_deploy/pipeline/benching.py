@@ -21,7 +21,7 @@ from replk_deploy.backends.base import Array, Backend, Engine, Launch, Settings
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.bench import Bench
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError, UnavailableError
-from replk_deploy.forms import AUTO, Form
+from replk_deploy.forms import AUTO, LOWERED, Form
 from replk_deploy.lanes import Contestant
 from replk_deploy.lowerings import LOWERINGS, NONE
 from replk_deploy.measurement import row_name
@@ -36,7 +36,6 @@ from replk_deploy.workspace import ROOT, Workspace
 
 Graphs = Literal["auto", "on", "off"]
 GRAPHS: dict[Graphs, tuple[bool, ...]] = {"auto": (False, True), "on": (True,), "off": (False,)}
-LOWERED = "lowered"  # label of rows beside those of the same network as it is
 ROTATE = 4  # distinct inputs that take turns
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from replk_deploy import charts
+from replk_deploy.forms import FORMS, LOWERED
 from replk_deploy.precision import ALGEBRA
 from replk_deploy.report.facts import Record, Report, Run
 
@@ -104,7 +105,7 @@ def _side_by_side(report: Report) -> Iterator[Part]:
     rows, points, lines = [], [], []
     for run in report.runs:
         timed = run.bench["rows"] if run.bench else ()
-        own = [row for row in timed if not row["model"].startswith("timm")]
+        own = [row for row in timed if _own(row)]
         fastest = min(own, key=_per_image, default=None)
         top1 = run.accuracy[-1]["top1"] if run.accuracy else None
         rows.append(
@@ -133,6 +134,11 @@ def _side_by_side(report: Report) -> Iterator[Part]:
     machines = {tuple(run.bench["environment"].get(k) for k in ("cpu", "gpu")) for run in report.runs if run.bench}
     if len(machines) > 1:
         yield Doubt("These runs were timed on unlike machines: their latencies do not compare.")
+
+
+def _own(row: Record) -> bool:
+    """Tell a row of the run's own network, in whatever form, from that of a baseline."""
+    return row["model"] in {"", LOWERED, *FORMS}
 
 
 def _per_image(row: Record) -> float:
@@ -236,7 +242,7 @@ def _latency(run: Run) -> Iterator[Part]:
     yield from (Doubt(f"{', '.join(names)}: {doubt}") for doubt, names in doubts.items())
     known = {step.sha256 for step in run.steps}
     for row in timed:
-        if row["facts"].get("sha256") not in {None, *known}:
+        if _own(row) and row["facts"].get("sha256") not in {None, *known}:
             yield Doubt(f"{row['name']}: it timed a file that this run no longer holds: measure again")
     for name, why in {**run.skipped, **run.bench["failures"]}.items():
         yield Doubt(f"{name}: {why}")
