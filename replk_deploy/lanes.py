@@ -28,6 +28,7 @@ from replk_deploy.measurement import (
     Throughput,
     WarmUp,
     block_medians,
+    round_means,
     row_name,
 )
 from replk_deploy.quantiles import quantile
@@ -218,8 +219,7 @@ class Lane:
     def round_means(self) -> tuple[float, ...]:
         """Return, per finished round, the mean of its two block medians."""
         samples = [sample.host_ms for sample in self._samples[: self._whole]]
-        medians = block_medians(samples, self._blocks[: self._whole])
-        return tuple((a + b) / 2 for a, b in zip(medians[::2], medians[1::2], strict=True))
+        return round_means(samples, self._blocks[: self._whole])
 
     def _window(self, length_ms: float) -> list[Sample]:
         idle_s = self.contestant.contract.idle_ms / 1e3

@@ -334,6 +334,12 @@ def block_medians(samples_ms: Sequence[float], blocks: Sequence[int]) -> tuple[f
     return tuple(float(np.median([sample for _, sample in group])) for _, group in pairs)
 
 
+def round_means(samples_ms: Sequence[float], blocks: Sequence[int]) -> tuple[float, ...]:
+    """Return, per finished round, the mean of its two block medians."""
+    medians = block_medians(samples_ms, blocks)
+    return tuple((a + b) / 2 for a, b in zip(medians[::2], medians[1::2], strict=True))
+
+
 def _median(samples_ms: Sequence[float], blocks: Sequence[int]) -> Quantile:
     return quantile(samples_ms, 0.5).wider(quantile(block_medians(samples_ms, blocks), 0.5))
 

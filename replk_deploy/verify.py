@@ -320,9 +320,7 @@ def _judge(image: str, output: str, ref: Array, got: Array, limit: float) -> tup
     scale = float(np.abs(ref).max())
     rel_l2 = _ratio(float(np.linalg.norm(off)), float(np.linalg.norm(ref)))
     peak = _ratio(float(off.max()), scale)
-    share = max(rel_l2 / limit, peak / (PEAK * limit))
-    if not all(map(math.isfinite, (rel_l2, peak, limit))):
-        share = math.inf
+    share = share_of(rel_l2, peak, limit)
     top1, close = "", False
     if ref.ndim == 1 and len(ref) > 1:
         allowed = 2 * PEAK * limit * scale
@@ -335,6 +333,13 @@ def _judge(image: str, output: str, ref: Array, got: Array, limit: float) -> tup
         Row(image=image, output=output, rel_l2=rel_l2, max_abs=float(off.max()), peak=peak, share=share, top1=top1),
         close,
     )
+
+
+def share_of(rel_l2: float, peak: float, limit: float) -> float:
+    """Return how much of its allowance an answer used; all of it and more where a number is missing."""
+    if not (all(map(math.isfinite, (rel_l2, peak, limit))) and limit > 0):
+        return math.inf
+    return max(rel_l2 / limit, peak / (PEAK * limit))
 
 
 def filled(images: Array, size: int) -> Array:

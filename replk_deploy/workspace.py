@@ -31,6 +31,7 @@ class Entry:
         by: the command that made it.
         options: what decided its content; other options mean it must be made again.
         verdict: what its verification found.
+        record: SHA-256 of its record in results/; empty where there was none.
     """
 
     sha256: str
@@ -38,6 +39,7 @@ class Entry:
     by: str
     options: Mapping[str, Any]
     verdict: Verdict
+    record: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,20 @@ class Workspace:
             raise IntegrityError(f"{path} is not the file that its manifest describes: its hash differs", again)
         return path
 
+    def result(self, name: str) -> Path:
+        """Return the record of an artefact that is still the one the manifest describes.
+
+        Raises:
+            IntegrityError: missing or altered.
+        """
+        entry, path = self._artefacts.get(name), self.path(f"results/{name}.json")
+        again = f"make it again: rm {self.path(name)} and repeat replk {entry.by if entry else 'fuse'}"
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing", again)
+        if entry and entry.record and files.sha256(path) != entry.record:
+            raise IntegrityError(f"{path} is not the record that its manifest describes: its hash differs", again)
+        return path
+
     def fresh(self, name: str, made_from: Mapping[str, str], options: Mapping[str, Any]) -> bool:
         """Tell whether an artefact made of the same files with the same options is there to be taken again.
 
@@ -154,12 +170,14 @@ class Workspace:
         self, name: str, *, made_from: Mapping[str, str], by: str, options: Mapping[str, Any], verdict: Verdict
     ) -> Entry:
         """Enter an artefact that lies in the folder as the newest one."""
+        said = self.path(f"results/{name}.json")
         entry = Entry(
             sha256=files.sha256(self.path(name)),
             made_from=dict(made_from),
             by=by,
             options=records.plain(options),
             verdict=verdict,
+            record=files.sha256(said) if said.is_file() else "",
         )
         with self._alone():
             self._artefacts |= Workspace(self.folder)._artefacts  # another process may have added to them

@@ -18,9 +18,12 @@ from typer.testing import CliRunner
 import replk_deploy
 from replk_deploy import cli, pipeline
 from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.files import sha256
 from replk_deploy.models.replknet import RepLKGeometry
+from replk_deploy.pipeline import entries
 from replk_deploy.pipeline.racing import label
 from replk_deploy.report import facts, forms, sections
+from replk_deploy.workspace import Workspace
 from tests import networks
 
 SCHEMA = json.loads((Path(replk_deploy.__file__).parent / "schemas" / "report-1.json").read_text(encoding="utf-8"))
@@ -157,6 +160,8 @@ def test_the_same_records_give_the_same_text(run: Path) -> None:
         ("model.fp32.onnx.json", lambda r: r["verdict"].update(state="provisional")),
         ("model.fp32.onnx.json", lambda r: r.pop("proof")),
         ("bench.json", lambda r: r["rows"][0]["p50_ms"].update(value=0.001)),
+        ("bench.json", lambda r: r["rows"][0]["p90_ms"].update(value=0.001)),
+        ("bench.json", lambda r: r["rows"][0].pop("blocks")),
         ("bench.json", lambda r: r.update(schema="replk.bench/99")),
         ("erf.json", lambda r: r.update(schema="replk.erf/2")),
         ("deployment.json", lambda r: r.pop("schema")),
@@ -171,6 +176,62 @@ def test_an_altered_record_is_refused_and_the_old_report_stays(
     assert done.exit_code == 6, done.output
     assert "fix" in done.output
     assert {p.name: p.read_bytes() for p in run.glob("report.*")} == before
+
+
+def each_row(**changes: Any) -> Callable[[Any], None]:
+    def alter(record: Any) -> None:
+        for judged in record["proof"]["agreements"]:
+            for told in (judged, *judged["rows"]):
+                told |= {name: value for name, value in changes.items() if name in told}
+
+    return alter
+
+
+def gates(limit: float) -> Callable[[Any], None]:
+    def alter(record: Any) -> None:
+        for judged in record["proof"]["agreements"]:
+            judged["bound"]["rel_l2"] = dict.fromkeys(judged["bound"]["rel_l2"], limit)
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        each_row(rel_l2=0.9),
+        each_row(peak=0.9),
+        each_row(top1="flip"),
+        gates(1e-12),
+        lambda r: r["proof"].update(structure=["35 tensors are not the fused ones"]),
+        lambda r: r["proof"].update(state="rejected"),
+        lambda r: r["proof"].update(agreements=[]),
+        lambda r: r["proof"]["agreements"][0].update(state="rejected"),
+        lambda r: r["proof"]["agreements"][0].update(rows=[]),
+        lambda r: r["proof"]["agreements"][0].update(doubt="a doubt", state="provisional", rel_l2=1.0),
+        lambda r: r["proof"].update(doubt="a doubt"),
+        lambda r: r.update(proof=None),
+    ],
+)
+def test_a_verdict_that_its_rows_do_not_give_is_refused(run: Path, alter: Callable[[Any], None]) -> None:
+    path = run / "results" / "model.fp32.onnx.json"
+    change(path, alter)
+    with pytest.raises(IntegrityError, match="its hash differs"):
+        facts.read([run])
+    change(run / "manifest.json", lambda r: r["artefacts"]["model.fp32.onnx"].update(record=sha256(path)))
+    with pytest.raises(IntegrityError, match=r"its rows say|what was compared says|there is no proof"):
+        facts.read([run])
+
+
+def test_the_record_of_a_run_that_is_taken_up_again_is_checked(run: Path) -> None:
+    change(run / "results" / "model.fp32.onnx.json", lambda r: r["export"].update(opset=1))
+    with pytest.raises(IntegrityError, match="its hash differs"):
+        entries.result(Workspace.open(run), "model.fp32.onnx", "exported")
+
+
+def test_weights_that_needed_no_fusing_keep_their_verdict(run: Path, tmp_path: Path) -> None:
+    again = pipeline.fuse(run / "fused.safetensors", root=tmp_path / "again")
+    (step,) = facts.read([again.file.parent]).runs[0].steps
+    assert (step.state, step.checks) == ("pass", ())
 
 
 @pytest.mark.parametrize("file", ["fused.safetensors", "model.fp32.onnx", "results/fused.safetensors.json"])
@@ -191,9 +252,11 @@ def failed(run: Path, error: Any = 3.0) -> None:
     """Let the run hold an export that was rejected."""
     record = json.loads((run / "results" / "model.fp32.onnx.json").read_text())
     judged = record["proof"]["agreements"][0]
-    judged["rows"][0] |= {"rel_l2": error, "share": 9.0 if error == 3.0 else "inf"}
-    judged |= {"rel_l2": error, "worst": 9.0 if error == 3.0 else "inf", "state": "rejected"}
-    worst = 9.0 if error == 3.0 else None
+    share = error / judged["bound"]["rel_l2"][judged["rows"][0]["output"]] if error == 3.0 else "inf"
+    judged["rows"][0] |= {"rel_l2": error, "share": share}
+    judged |= {"rel_l2": error, "worst": share, "state": "rejected"}
+    record["proof"] |= {"state": "rejected", "worst": share}
+    worst = share if error == 3.0 else None
     record["verdict"] |= {"state": "rejected", "worst": worst, "why": "logits | are <b>wrong</b>"}
     (run / "rejected").mkdir()
     (run / "rejected" / "model.fp32.onnx.json").write_text(json.dumps(record))
@@ -247,7 +310,9 @@ def test_a_baseline_is_not_taken_for_the_network(run: Path, tmp_path: Path) -> N
     slowest = max(row["p50_ms"]["value"] for row in timed)
 
     def tell(row: Any, ms: float) -> None:
-        row["p50_ms"]["value"] = ms
+        for percent in ("p50_ms", "p90_ms", "p99_ms"):
+            if row[percent]:
+                row[percent]["value"] = ms
         row["samples_ms"] = [ms] * len(row["samples_ms"])
 
     def race(record: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from replk_deploy import files, records
-from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.errors import ReplkError
 from replk_deploy.workspace import Workspace
 
 
@@ -49,7 +49,4 @@ def enter(
 
 def result(run: Workspace, name: str, kind: str) -> Mapping[str, Any]:
     """Read back what a step of this run said."""
-    path = run.path(f"results/{name}.json")
-    if not path.is_file():
-        raise IntegrityError(f"{path} is missing", f"make the run again: rm -r {run.folder}")
-    return records.read(path, kind, 1)
+    return records.read(run.result(name), kind, 1)

@@ -2,16 +2,18 @@
 
 import json
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from replk_deploy import __version__, records
+from replk_deploy import __version__, records, verify
 from replk_deploy.errors import IntegrityError, ReplkError
+from replk_deploy.measurement import NEEDED, round_means
 from replk_deploy.metadata import State
-from replk_deploy.precision import ALGEBRA
+from replk_deploy.proof import Proof
+from replk_deploy.quantiles import quantile
+from replk_deploy.verify import Agreement, Bound, Row
 from replk_deploy.workspace import Workspace
 
 Record = Mapping[str, Any]
@@ -153,16 +155,17 @@ def _record(path: Path) -> tuple[str, Record]:
 
 def _steps(run: Workspace) -> Iterator[Step]:
     for name in reversed(run.artefacts("")):
-        entry, path = run.entry(name), run.path(f"results/{name}.json")
+        entry = run.entry(name)
         if entry is None or entry.by not in STEPS:
             continue
-        file, again = run.take(name), f"make it again: rm {run.path(name)} and repeat replk {entry.by}"
-        if not path.is_file():
-            raise IntegrityError(f"{path} is missing", again)
+        file, path = run.take(name), run.result(name)
         kind = STEPS[entry.by]
         record = records.read(path, kind, NEWEST[kind])
         if record.get("verdict") != records.plain(entry.verdict):
-            raise IntegrityError(f"{path} does not tell the verdict that the manifest holds", again)
+            raise IntegrityError(
+                f"{path} does not tell the verdict that the manifest holds",
+                f"make it again: rm {file} and repeat replk {entry.by}",
+            )
         yield _step(path, name, entry.by, record, sha256=entry.sha256, size=_size(file))
 
 
@@ -177,10 +180,8 @@ def _rejected(run: Workspace) -> Iterator[Step]:
 
 def _step(path: Path, name: str, by: str, record: Record, *, sha256: str, size: int | None) -> Step:
     try:
-        proof, verdict = record["proof"], record["verdict"]
-        checks = tuple(_check(path, judged) for judged in (proof or {"agreements": ()})["agreements"])
-        modules = {n: float(e) for n, e in (proof["modules"] if proof else {}).items()}
-        blocks = tuple((proof.get("bisection") or {"blocks": ()})["blocks"]) if proof else ()
+        stated, verdict = record["proof"], record["verdict"]
+        proof = _proof(stated) if stated else None
         step = Step(
             file=name,
             by=by,
@@ -189,49 +190,112 @@ def _step(path: Path, name: str, by: str, record: Record, *, sha256: str, size: 
             state=verdict["state"],
             worst=None if verdict["worst"] is None else float(verdict["worst"]),
             why=verdict["why"],
-            checks=checks,
-            modules=modules,
-            blocks=blocks,
+            checks=tuple(map(_check, proof.agreements)) if proof else (),
+            modules=proof.modules if proof else {},
+            blocks=tuple((stated.get("bisection") or {"blocks": ()})["blocks"]) if stated else (),
         )
+        wrong = _contradictions(stated, proof, step) if proof else _unproved(record, step)
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise IntegrityError(f"{path} is damaged: {exc}", f"make it again: replk {by}") from exc
-    shares = [check.share for check in checks] + [error / ALGEBRA for error in modules.values()]
-    largest = max((math.inf if math.isnan(s) else s for s in shares), default=None)
-    if proof and largest is not None and math.isfinite(largest) and not _same(step.worst, largest):
-        raise IntegrityError(
-            f"{path} says that {step.worst} of the allowance was used, its rows say {largest}",
-            f"make it again: replk {by}",
-        )
-    if largest is not None and not largest <= 1 and step.state != "rejected":
-        raise IntegrityError(f"{path} is {step.state} beyond its gate", f"make it again: replk {by}")
+    for said in wrong:
+        raise IntegrityError(f"{path}: {said}", f"make it again: replk {by}")
     return step
 
 
-def _check(path: Path, judged: Record) -> Check:
-    """Read a comparison; what stands for all its images must be what its rows say."""
-    rows = judged["rows"]
-    errors, shares = [float(r["rel_l2"]) for r in rows], [float(r["share"]) for r in rows]
-    said, used = float(judged["rel_l2"]), float(judged["worst"])
-    for stated, each in ((said, errors), (used, shares)):
-        if rows and math.isfinite(stated) and not _same(stated, max(each)):
-            raise IntegrityError(f"{path}: {judged['name']} says {stated}, its rows say {max(each)}", "make it again")
-    gate = max(float(limit) for limit in judged["bound"]["rel_l2"].values())
-    return Check(name=judged["name"], error=said, gate=gate, share=used, state=judged["state"])
+def _proof(stated: Record) -> Proof:
+    """Judge the rows of a record anew: only what was measured is read, each share and verdict follows from it."""
+    return Proof(
+        edge=stated["edge"],
+        agreements=tuple(map(_agreement, stated["agreements"])),
+        modules={name: float(error) for name, error in stated["modules"].items()},
+        structure=tuple(stated["structure"]),
+        bisection=None,
+        doubt=stated["doubt"],
+    )
+
+
+def _agreement(stated: Record) -> Agreement:
+    bound = stated["bound"]
+    limits = {output: float(limit) for output, limit in bound["rel_l2"].items()}
+    return Agreement(
+        name=stated["name"],
+        precision=stated["precision"],
+        rows=tuple(_row(row, limits[row["output"]]) for row in stated["rows"]),
+        bound=Bound(rel_l2=limits, eager=bound["eager"], why=bound["why"]),
+        signal=float(stated["signal"]),
+        noise=stated["noise"],
+        undecidable=float(stated["undecidable"]),
+        doubt=stated["doubt"],
+    )
+
+
+def _row(stated: Record, limit: float) -> Row:
+    numbers = {name: float(stated[name]) for name in ("rel_l2", "max_abs", "peak")}
+    share = verify.share_of(numbers["rel_l2"], numbers["peak"], limit)
+    return Row(image=stated["image"], output=stated["output"], share=share, top1=stated["top1"], **numbers)
+
+
+def _check(judged: Agreement) -> Check:
+    gate = max(judged.bound.rel_l2.values())
+    return Check(name=judged.name, error=judged.rel_l2, gate=gate, share=judged.worst, state=judged.state)
+
+
+def _contradictions(stated: Record, proof: Proof, step: Step) -> Iterator[str]:
+    """Name what a record claims and its rows do not."""
+    for claim, found in zip(stated["agreements"], proof.agreements, strict=True):
+        pairs = [(claim["rel_l2"], found.rel_l2), (claim["worst"], found.worst)]
+        pairs += [(row["share"], judged.share) for row, judged in zip(claim["rows"], found.rows, strict=True)]
+        for said, number in pairs:
+            if not _same(float(said), number):
+                yield f"{found.name} says {said}, its rows say {number}"
+        if claim["state"] != found.state:
+            yield f"{found.name} is called {claim['state']}, its rows say {found.state}"
+    for name, said in (("the proof", stated["state"]), ("the file", step.state)):
+        if said != proof.state:
+            yield f"{name} is called {said}, what was compared says {proof.state}"
+    worst = proof.worst if math.isfinite(proof.worst) else None
+    if not (step.worst is worst is None or _same(step.worst, proof.worst)):
+        yield f"{step.worst} of the allowance was used, its rows say {worst}"
+
+
+def _unproved(record: Record, step: Step) -> Iterator[str]:
+    """Refuse a verdict without a proof, unless it came with weights that needed no fusing."""
+    fusion = record.get("fusion")
+    if step.state != "unverified" and (fusion is None or fusion["merged"] or fusion["folded"]):
+        yield f"the file is called {step.state}, and there is no proof"
 
 
 def _believe(run: Workspace, bench: Record) -> None:
-    """Refuse medians that are not those of their samples."""
+    """Refuse percentiles and ratios that are not those of their samples."""
+    path, again = run.path("results/bench.json"), f"measure again: replk bench {run.folder}"
+    try:
+        for said in _misquoted(bench):
+            raise IntegrityError(f"{path}: {said}", again)
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise IntegrityError(f"{path} is damaged: {exc!r}", again) from exc
+
+
+def _misquoted(bench: Record) -> Iterator[str]:
+    means = {row["name"]: round_means(row["samples_ms"], row["blocks"]) for row in bench["rows"]}
     for row in bench["rows"]:
-        said, found = row["p50_ms"]["value"], statistics.median(row["samples_ms"])
-        if not _same(said, found):
-            raise IntegrityError(
-                f"{run.path('results/bench.json')}: {row['name']} says a median of {said} ms, its samples {found} ms",
-                f"measure again: replk bench {run.folder}",
-            )
+        for percent in NEEDED:
+            said = row[f"p{percent}_ms"]
+            found = quantile(row["samples_ms"], percent / 100).value
+            if said and not _same(said["value"], found):
+                yield f"{row['name']} says a p{percent} of {said['value']} ms, its samples {found} ms"
+        if row["ratio"] and row["ratio"]["baseline"] in means:  # format 1 named a backend there
+            pairs = zip(means[row["name"]], means[row["ratio"]["baseline"]], strict=False)
+            ratios = [own / other for own, other in pairs]
+            median = quantile(ratios, 0.5).value
+            stated = [*row["ratio"]["rounds"], row["ratio"]["median"]["value"]]
+            if len(stated) != len(ratios) + 1 or not all(map(_same, stated, [*ratios, median])):
+                yield f"the ratio of {row['name']} is not that of its samples, {median}"
 
 
 def _same(stated: float | None, found: float) -> bool:
-    return stated is not None and math.isclose(stated, found, rel_tol=CLOSE, abs_tol=1e-300)
+    if stated is None or math.isnan(stated):
+        return stated is not None and math.isnan(found)
+    return math.isclose(stated, found, rel_tol=CLOSE, abs_tol=1e-300)
 
 
 def _size(file: Path) -> int:
