@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from replk_deploy import clocks, machine
+from replk_deploy import clocks, lanes, machine
 from replk_deploy.backends.base import Array, Backend
 from replk_deploy.clocks import Series, Watch
 from replk_deploy.errors import ReplkError
 from replk_deploy.lanes import Clock, Contestant, Lane, Sleep, once
-from replk_deploy.measurement import NEEDED, Contract, Measurement, Ratio
+from replk_deploy.measurement import NEEDED, ROUNDS, Contract, Measurement, Ratio
 from replk_deploy.progress import Progress, silent
 
 
@@ -181,6 +181,14 @@ def demand(percentiles: Sequence[int], max_seconds: float) -> None:
         raise ReplkError(f"percentiles {asked} are not all known", f"choose from {', '.join(map(str, NEEDED))}")
     if not max_seconds > 0:
         raise ReplkError(f"{max_seconds} seconds are no time", "give --max-seconds above 0")
+
+
+def shortage(max_seconds: float) -> str:
+    """Say that no row can settle in so little time; empty where one can."""
+    least = ROUNDS * 2 * (lanes.REWARM_MS + lanes.BLOCK_MS) / 1e3
+    if max_seconds >= least:
+        return ""
+    return f"--max-seconds {max_seconds:g} is too short to settle: {ROUNDS} rounds take at least {least:.2g} s a row"
 
 
 def _chosen(contestants: Sequence[Contestant], baseline: str | None, model: str | None) -> str:

@@ -313,11 +313,14 @@ class Measurement:
             doubts.append(f"left after {self.rounds} rounds: {self.left}")
         if self.capped:
             width = self.p50_ms.half_width
-            known = "with no interval" if width is None else f"to ±{width:.2%}"
-            doubts.append(
-                f"time ran out after {self.rounds} rounds: the median is known {known}, wanted ±{TARGET:.1%} in"
-                f" {ROUNDS} rounds. Raise --max-seconds, or quiet the machine"
-            )
+            if self.rounds < ROUNDS:
+                doubts.append(f"time ran out after {self.rounds} of {ROUNDS} rounds. Raise --max-seconds")
+            elif width is None or width > TARGET:
+                known = "with no interval" if width is None else f"to ±{width:.2%}"
+                doubts.append(
+                    f"time ran out after {self.rounds} rounds: the median is known {known}, wanted ±{TARGET:.1%}."
+                    " Raise --max-seconds, or quiet the machine"
+                )
         slowed = len(self.flags["slowed"])
         if slowed > SLOWED_SHARE * self.n:
             causes = ", ".join(sorted(set(self.pace.slowed.values()))) if self.pace else ""

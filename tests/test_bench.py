@@ -240,11 +240,24 @@ def test_time_that_runs_out_is_said_and_the_interval_reached_is_given() -> None:
     assert any("time ran out" in reason and f"{row.p50_ms.half_width:.2%}" in reason for reason in row.unstable)
 
 
+def test_a_row_says_which_of_width_and_rounds_was_missed() -> None:
+    (row,) = race({"a": lambda _: 20.0}, max_seconds=5).rows
+    assert (row.rounds, row.p50_ms.half_width) == (3, 0)
+    assert row.unstable == ("time ran out after 3 of 6 rounds. Raise --max-seconds",)
+
+
+@pytest.mark.parametrize("seconds", [2.0, 2.9, 3.0, 3.3])
+def test_time_that_cannot_hold_six_rounds_is_said_beforehand(seconds: float) -> None:
+    (row,) = race({"a": lambda _: 2.0}, max_seconds=seconds).rows
+    assert bool(bench.shortage(seconds)) == (row.rounds < measurement.ROUNDS)
+    assert bench.shortage(2.0) == "--max-seconds 2 is too short to settle: 6 rounds take at least 3 s a row"
+
+
 def test_less_than_six_rounds_give_no_interval_and_say_so() -> None:
     (row,) = race({"a": lambda _: 2000.0}, max_seconds=10).rows
     assert row.rounds == 1
     assert row.p50_ms.interval is None
-    assert row.unstable
+    assert row.unstable[0] == "time ran out after 1 of 6 rounds. Raise --max-seconds"
     assert row.p90_ms is None
     assert row.missing["p90_ms"].startswith("n/a (n=6")
 
