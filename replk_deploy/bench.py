@@ -1,8 +1,9 @@
 """Open backends → latencies, every sample kept.
 
 Contestants run in rounds A B C C B A, one at a time, so that a machine that slowly gets faster or
-slower does the same to all. A round gives one ratio to the baseline; the median of the ratios and
-its interval are the comparison.
+slower does the same to all. Each round has an order of its own, so that nobody always follows the
+same one and finds the heat and the clocks that it left. A round gives one ratio to the baseline; the
+median of the ratios and its interval are the comparison.
 
 Clocks, device times and throughput were taken on an H100; the tests use false devices.
 """
@@ -13,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
 
 from replk_deploy import clocks, lanes, machine
 from replk_deploy.backends.base import Array, Backend
@@ -228,9 +231,11 @@ def _race(
         progress("warm-up", done, len(lanes))
     limit_ns = max_seconds * len(lanes) * 1e9
     start, longest, done = clock(), 0, 0
+    orders = np.random.default_rng(0)  # the same ones in each race
     while running:
         begun = clock()
-        for lane in (*running, *reversed(running)):
+        order = [running[i] for i in orders.permutation(len(running))]
+        for lane in (*order, *reversed(order)):
             attempt(lane, lane.block)
         for lane in running:
             lane.settle(percentiles)

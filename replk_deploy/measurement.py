@@ -292,10 +292,7 @@ class Measurement:
         if self.pace:
             capped = self.pace.events.get(clocks.POWER_CAP, 0)
             if capped:
-                said.append(
-                    f"the power limit held the clocks in {capped} of {len(self.pace.windows_mhz)} windows: this is the"
-                    " card's steady state under this load"
-                )
+                said.append(f"the power limit held the clocks in {capped} of {len(self.pace.windows_mhz)} windows")
             if self.pace.others:
                 said.append(f"other compute processes on the GPU: {self.pace.others}. Have it alone, and repeat")
         return tuple(said)
