@@ -337,8 +337,20 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
 
     given["checkpoint"] = str(tmp_path / "missing.pth")
     code, outputs, words = run("Deploy")
-    assert (code, outputs["verdict"]) == (Exit.USAGE, "failed")
+    assert (code, outputs) == (Exit.USAGE, {"verdict": "failed"}), "and no report, which would be an earlier run's"
     assert "::error" in words
+    (tmp_path / "fp32").write_text("what a pattern would find")
+    given["precision"] = "fp*"
+    assert "--precision fp* is not known" in run("Deploy")[2]
+    name = bench.parent.parent.name
+    assert (tmp_path / "replk-out" / name / "report.md").is_file()
+    (tmp_path / "bin" / "replk").write_text(f"#!/bin/sh\necho {name} > replk-out/latest\nexit 3\n")
+    code, outputs, _ = run("Deploy")
+    assert (code, outputs) == (Exit.MISMATCH, {"verdict": "failed"}), "it ended before its report"
+    assert all(
+        "${{" not in step.get("run", "")
+        for step in (*steps.values(), *snippet("ci.md", "jobs")["jobs"]["deploy"]["steps"])
+    )
     used = set(re.findall(r"inputs\.([\w-]+)", json.dumps(action["runs"])))
     assert used == action["inputs"].keys(), "each input is used"
 
