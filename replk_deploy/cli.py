@@ -405,7 +405,10 @@ def bench(
     """Time an artefact on runtimes, interleaved; none that no verdict vouches for."""
     from replk_deploy import pipeline
     from replk_deploy.backends.base import Settings
+    from replk_deploy.bench import shortage
 
+    if short := shortage(max_seconds):
+        render.note(short)
     with render.bars() as progress:
         timed = pipeline.bench(
             artefact,

@@ -89,6 +89,7 @@ def test_the_three_lines_of_the_first_page_work(typed: tuple[Path, list[subproce
         assert "Traceback" not in done.stderr
         assert "Warning" not in done.stderr
         assert done.stderr.replace("·", "").strip(), "progress is told on stderr"
+    assert "--max-seconds 0.1 is too short to settle" in timed.stderr
     assert "stages" not in fused.stdout
     assert re.search(r"ort-cpu b1 +│ +[\d.]+", timed.stdout)
     names = {p.name for p in folder.rglob("*") if p.is_file()}
