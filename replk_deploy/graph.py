@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -81,6 +83,11 @@ def tensors(path: Path) -> set[tuple[tuple[int, ...], bytes]]:
         for turned in (array, array.T) if array.ndim == MATRIX else (array,):
             found.add((turned.shape, hashlib.sha256(turned.tobytes()).digest()))
     return found
+
+
+def weights(path: Path) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the weights of an ONNX file by name, in float64."""
+    return {t.name: onnx.numpy_helper.to_array(t).astype(np.float64) for t in load(path).graph.initializer}
 
 
 def content_hash(path: Path) -> str:

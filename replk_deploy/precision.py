@@ -54,7 +54,7 @@ def algebra_gate(eager_fp32: float) -> float:
 
     Both errors are round-off times the conditioning of the network, so float64's is float32's times
     2^-53 / 2^-24, and ten times that leaves room for another order of sums. Planted bugs start at
-    1e-5, seven orders above.
+    8.6e-4, eight orders above.
     """
     return max(ALGEBRA, 10 * eager_fp32 * 2.0**-29)
 

@@ -150,9 +150,14 @@ def prove_fusion(
     trained, small = oracle.model, (SMALL, SMALL)
     twin = poison(trained)
     progress("prove fusion", 0, 4)
-    modules = {name: _alone(m) for name, m in twin.named_modules() if isinstance(m, Reparam)}
-    progress("prove fusion", 1, 4)
     fused_twin, fused = fuse(twin, level=level).model, fuse(trained, level=level).model
+    modules = {
+        name: max(_alone(m, fused_twin.get_submodule(name)), _alone(trained.get_submodule(name), part))
+        for name, m in twin.named_modules()
+        if isinstance(m, Reparam)
+        for part in [fused.get_submodule(name)]
+    }
+    progress("prove fusion", 1, 4)
     special, natural = verify.special(small), verify.normal(size)
     agreements: list[Agreement] = []
 
@@ -175,7 +180,8 @@ def prove_fusion(
         progress("prove fusion", 1 + len(agreements) // 2, 4)
 
     judge("poisoned", Oracle(twin, oracle.sha256), fused_twin, cast(fused_twin, torch.float32), special)
-    _demand_signal(agreements[0], bool(batch_norms(trained)))
+    if batch_norms(trained):
+        demand_signal(agreements[0])
     judge("checkpoint, special images", oracle, fused, stored, special)
     judge(f"checkpoint, {size[0]}x{size[1]}", oracle, fused, stored, natural)
     proof = Proof(
@@ -185,7 +191,9 @@ def prove_fusion(
         structure=_structure(trained, stored, level),
         bisection=None,
     )
-    if proof.state == "rejected" and not proof.structure:
+    if proof.state != "rejected":  # a wrong answer says more, with its block
+        proof = dataclasses.replace(proof, structure=_misrounded(fused, stored))
+    if not proof.structure and any(not agreement.passed for agreement in agreements):
         in_checkpoint = all(a.passed for a in agreements[:2]) and not all(a.passed for a in agreements)
         base, candidate = (trained, fused) if in_checkpoint else (twin, fused_twin)
         eager, fusion_right = None, all(a.passed for a in agreements if a.precision == "fp64")
@@ -246,7 +254,7 @@ def prove_onnx(
                     sizes=(made.batch.max,),
                 )
             )
-        _demand_signal(agreements[-1], demanded=True)
+        demand_signal(agreements[-1])
         proof = Proof(
             edge="export",
             agreements=tuple(agreements),
@@ -305,7 +313,10 @@ def prove_file(
         found = prove_backend(
             edge, oracle, backend, metadata, precision=precision, preprocessing=preprocessing, doubt=doubt
         )
-    if found.state == "rejected" and not found.structure and precision:
+    if found.state != "rejected" and metadata and not metadata.lowered:
+        held = {name: torch.from_numpy(array) for name, array in graph.weights(path).items()}
+        found = dataclasses.replace(found, structure=_strayed(fuse(oracle.model).model, held, metadata.precision))
+    elif found.state == "rejected" and not found.structure and precision:
         images = torch.from_numpy(verify.normal(_size_of(backend, metadata)).images[:1]).double()
         eager = bisection.blocks_of(eager_of(oracle.model, on_cpu(precision)))
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ValueError, KeyError, ReplkError):
@@ -327,34 +338,49 @@ def prove_backend(
 ) -> Proof:
     """Judge an open backend by the float64 network, at the size that its artefact states."""
     agreement = judge_backend("checkpoint", oracle, backend, metadata, precision=precision, preprocessing=preprocessing)
-    doubt = agreement.doubt or doubt or _blind(agreement)
-    said = metadata.preprocessing if metadata else None
-    structure: tuple[str, ...] = ()
-    if said and preprocessing and (said.mean, said.std) != (preprocessing.mean, preprocessing.std):
-        own, other = (f"mean {rules.mean} and std {rules.std}" for rules in (said, preprocessing))
-        structure = (f"it is for pictures of {own}, the reference for {other}",)
+    doubt = agreement.doubt or doubt
     return Proof(
         edge=edge,
         agreements=(dataclasses.replace(agreement, doubt=doubt),),
         modules={},
-        structure=structure,
+        structure=_other_pictures(metadata.preprocessing if metadata else None, preprocessing),
         bisection=None,
         doubt=doubt,
     )
 
 
-def _blind(agreement: Agreement) -> str:
-    """Say that the answers hardly depend on the images, so that nearly any network would pass; empty otherwise."""
-    if agreement.signal >= SIGNAL:
-        return ""
-    return f"the reference answers two images {agreement.signal:.1e} apart only: the comparison is nearly blind"
+def _other_pictures(said: Preprocessing | None, reference: Preprocessing | None) -> tuple[str, ...]:
+    """Say in what the pictures differ for which two files were made; a size that a user chose may."""
+    if said is None or reference is None:
+        return ()
+    rules = ["mean", "std", "resize", "crop_pct"]
+    rules += ["size"] if said.said_by == reference.said_by == "checkpoint" else []
+    off = [rule for rule in rules if getattr(said, rule) != getattr(reference, rule)]
+    own, other = (", ".join(f"{rule} {getattr(side, rule)}" for rule in off) for side in (said, reference))
+    return (f"it is for pictures of {own}, the reference for {other}",) if off else ()
 
 
 def prove_pair(
-    oracle: Oracle, other: Loaded, *, size: tuple[int, int], doubt: str = "", progress: Progress = silent
+    oracle: Oracle,
+    other: Loaded,
+    *,
+    size: tuple[int, int],
+    preprocessing: Preprocessing | None = None,
+    doubt: str = "",
+    progress: Progress = silent,
 ) -> Proof:
-    """Judge one network by another, each as its file has it."""
-    precision = on_cpu(other.metadata.precision) if other.metadata else "fp32"
+    """Judge one network by another, each as its file has it: answers, tensors once fused, and kind of pictures.
+
+    Args:
+        oracle: the one, float64.
+        other: the other.
+        size: height and width of two images; the rest is judged at 64x64.
+        preprocessing: of the oracle, None when it is not known.
+        doubt: about the oracle.
+        progress: told before each comparison and at the end.
+    """
+    said = other.metadata
+    precision = on_cpu(said.precision) if said else "fp32"
     eager = oracle.eager(precision)
     agreements = []
     natural = verify.normal(size)
@@ -369,9 +395,26 @@ def prove_pair(
             )
         )
     progress("verify", len(probes), len(probes))
-    doubt = doubt or _blind(agreements[-1])
-    found = Proof(edge="verify", agreements=tuple(agreements), modules={}, structure=(), bisection=None, doubt=doubt)
-    if found.state == "rejected" and oracle.model.geometry == other.model.geometry:
+    found = Proof(
+        edge="verify",
+        agreements=tuple(agreements),
+        modules={},
+        structure=_other_pictures(said.preprocessing if said else None, preprocessing),
+        bisection=None,
+        doubt=doubt,
+    )
+    alike = oracle.model.geometry == other.model.geometry
+    if alike and found.state != "rejected":
+        wide = cast(other.model, torch.float64)
+        structure = _strayed(fuse(oracle.model).model, fuse(wide).model.state_dict(), precision)
+        wrong = [
+            name
+            for name, block in oracle.model.named_modules()
+            if isinstance(block, Reparam) and not _alone(block, wide.get_submodule(name)) <= _spacing(precision)
+        ]
+        structure += (f"alone, {len(wrong)} blocks are wrong: {', '.join(wrong[:3])}",) if wrong else ()
+        found = dataclasses.replace(found, structure=structure)
+    elif alike and not found.structure:
         images = torch.from_numpy(verify.special((SMALL, SMALL)).images[:2]).double()
         candidate, blocks = bisection.blocks_of(other.model), bisection.blocks_of(eager_of(oracle.model, precision))
         found = dataclasses.replace(found, bisection=bisection.bisect(oracle.model, candidate, images, eager=blocks))
@@ -387,7 +430,8 @@ def prove_graphs(reference: Path, candidate: Path, *, progress: Progress = silen
         progress("verify", 0, 1)
         agreement = _judge_by_graph(first, second, said[1] or said[0], on_cpu(precision))
     progress("verify", 1, 1)
-    return _by_graph("verify", agreement)
+    structure = _other_pictures(*(m.preprocessing if m else None for m in reversed(said)))
+    return dataclasses.replace(_by_graph("verify", agreement), structure=structure)
 
 
 def prove_by_graph(
@@ -527,17 +571,21 @@ def _size_of(backend: Backend, metadata: Metadata | None) -> tuple[int, int]:
     return height, width
 
 
-def _alone(block: Reparam) -> float:
-    """Return the worst relative error of a block's merged kernel on maps smaller than it and larger than half."""
-    merged = block.merged()
-    half = merged.kernel_size[0] // 2
-    rng = torch.Generator().manual_seed(merged.in_channels)
+def _alone(block: nn.Module, fused: nn.Module) -> float:
+    """Return the worst relative error of what became of a block, on maps smaller than its kernel and larger than half.
+
+    It is what lies in the fused network that is judged, not what was meant to: taps that no map of the
+    network reaches are seen here alone.
+    """
+    conv = max((m for m in fused.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.kernel_size)
+    half = conv.kernel_size[0] // 2
+    rng = torch.Generator().manual_seed(conv.in_channels)
     worst = 0.0
     with torch.inference_mode():
         for height, width in ((1, 1), (3, 5), (half + 1, half + 2)):
-            x = torch.randn(2, merged.in_channels, height, width, generator=rng).double()
+            x = torch.randn(2, conv.in_channels, height, width, generator=rng).double()
             ref = block(x)
-            error = float((merged(x) - ref).norm() / ref.norm())
+            error = float((fused(x) - ref).norm() / ref.norm())
             worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
@@ -554,6 +602,30 @@ def _misrounded(exact: Network, stored: Network) -> tuple[str, ...]:
         if not ((rounded.double() - value).abs() <= step).all():
             wrong.append(name)
     return (f"{len(wrong)} tensors are not the fused ones, rounded: {', '.join(wrong[:3])}",) if wrong else ()
+
+
+def _spacing(precision: Precision) -> float:
+    """Return how far stored weights may be off: four spacings, and 32 of float32, in which others may have fused."""
+    return 4 * torch.finfo(TOLERANCES[precision].torch_dtype).eps + 32 * torch.finfo(torch.float32).eps
+
+
+def _strayed(exact: Network, held: Mapping[str, Tensor], precision: Precision) -> tuple[str, ...]:
+    """Name the tensors with a row that is not that of the exact network within what storing it costs.
+
+    Rows are output channels; their errors are relative to the row or to an average one, whichever is
+    larger. Answers bound all this loosely: a low precision hides a wrong class, and taps that no map
+    reaches change none.
+    """
+    allowed, wrong = _spacing(precision), []
+    for name, value in exact.state_dict().items():
+        if name not in held or held[name].shape != value.shape:
+            wrong.append(name)
+            continue
+        want, got = (t.detach().double().reshape(len(t) if t.dim() else 1, -1) for t in (value, held[name]))
+        size = want.norm(dim=1)
+        if not ((got - want).norm(dim=1) <= allowed * size.clamp(min=float(size.square().mean().sqrt()))).all():
+            wrong.append(name)
+    return (f"{len(wrong)} tensors are not those of the reference: {', '.join(wrong[:3])}",) if wrong else ()
 
 
 def _not_held(path: Path, folded: Network, precision: Precision) -> tuple[str, ...]:
@@ -613,10 +685,17 @@ def _rebuilt(model: Network) -> Network:
     return randomise(type(model).build(model.geometry, "training"))
 
 
-def _demand_signal(agreement: Agreement, demanded: bool) -> None:  # noqa: FBT001
-    if demanded and not agreement.signal >= SIGNAL:
+def demand_signal(agreement: Agreement) -> None:
+    """Refuse a comparison that would let the answer to one image pass for that to another.
+
+    Raises:
+        InconclusiveError: the answers to two images are hardly apart, or within twice the bound.
+    """
+    least = max(SIGNAL, *(2 * limit for limit in agreement.bound.rel_l2.values()))
+    if not agreement.signal >= least:
         raise InconclusiveError(
-            f"{agreement.name}: answers to two images differ by {agreement.signal:.1e} only, the proof would be blind",
+            f"{agreement.name}: answers to two images differ by {agreement.signal:.1e} only, of {least:.1e} needed:"
+            " the proof would be blind",
             "is the head of this checkpoint trained? replk inspect names what was never updated",
         )
 

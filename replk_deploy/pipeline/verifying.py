@@ -1,5 +1,6 @@
 """`replk verify`: one file judged by another."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from replk_deploy import backends as runtimes
@@ -26,6 +27,7 @@ def verify(
     """Judge one file by another: checkpoints, fused weights, ONNX files and engines in any pair with one float64 side.
 
     Raises:
+        InconclusiveError: the reference answers all images nearly alike, so that a wrong file might pass.
         ReplkError: a file cannot be taken, or both are engines.
         IntegrityError: an engine is not what its sidecar says, or was built for something else.
     """
@@ -38,25 +40,31 @@ def verify(
             "two engines have no reference between them", "name a checkpoint, fused weights or an ONNX file"
         )
     if _rank(candidate) > 1:
-        return publish.proved("verify", lambda: _engine(reference, candidate, source, head, progress))
+        return _seen(lambda: _engine(reference, candidate, source, head, progress))
     if _rank(reference):
-        return publish.proved("verify", lambda: proving.prove_graphs(reference, candidate, progress=progress))
+        return _seen(lambda: proving.prove_graphs(reference, candidate, progress=progress))
     loaded = sources.load_either(reference, source, head)
     oracle, doubt = Oracle(loaded.model, loaded.sha256), sources.doubt(loaded)
     if _rank(candidate):
         rules = loaded.preprocessing
-        return publish.proved(
-            "verify",
-            lambda: proving.prove_file(oracle, candidate, preprocessing=rules, doubt=doubt, progress=progress),
-        )
+        return _seen(lambda: proving.prove_file(oracle, candidate, preprocessing=rules, doubt=doubt, progress=progress))
     other = sources.load_either(candidate, source, head)
     if sources.rounding(loaded) > sources.rounding(other):
         loaded, other, oracle = other, loaded, Oracle(other.model, other.sha256)  # rounded weights judge nobody
         doubt = sources.doubt(loaded)
-    shown = size or loaded.preprocessing.size
-    return publish.proved(
-        "verify", lambda: proving.prove_pair(oracle, other, size=shown, doubt=doubt, progress=progress)
+    rules, shown = loaded.preprocessing, size or loaded.preprocessing.size
+    return _seen(
+        lambda: proving.prove_pair(oracle, other, size=shown, preprocessing=rules, doubt=doubt, progress=progress)
     )
+
+
+def _seen(prove: Callable[[], Proof]) -> Proof:
+    """Run a proof, and let nothing pass by a comparison that could not have failed."""
+    proof = publish.proved("verify", prove)
+    if proof.state != "rejected":
+        for agreement in proof.agreements:
+            proving.demand_signal(agreement)
+    return proof
 
 
 def _rank(path: Path) -> int:
