@@ -1,9 +1,11 @@
 """The command line: parse, call one function of `pipeline`, render, exit."""
 
+import errno
 import signal
+import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +37,8 @@ from replk_deploy.options import (
     Weights,
 )
 from replk_deploy.precision import PRECISIONS
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class ErrorsAtTheEdge(typer.core.TyperGroup):
@@ -634,12 +638,28 @@ def selftest(*, as_json: Json = None) -> None:
 
 
 def main() -> None:
-    """Run the command line; a request to end is an interrupt, and a reader that went away no error."""
+    """Run the command line; a request to end is an interrupt, and an output that nobody takes no bug."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(prog_name="replk")
-    except BrokenPipeError:
+        try:
+            app(prog_name="replk")
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # on the interpreter's way out nobody could catch it
+    except (OSError, SystemExit) as exc:
+        if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):  # rich and Typer exit 1
+            code = Exit.PIPE
+        elif isinstance(exc, OSError) and exc.errno in FULL:
+            code = Exit.USAGE
+            with suppress(OSError):  # where stderr is as full
+                render.error(
+                    ReplkError(f"the output cannot be written: {exc.strerror}", "make room, or name another place")
+                )
+                render.verdict("error", f"replk: the output cannot be written: {exc.strerror}", render.err)
+        else:
+            raise
         render.fall_silent()
+        sys.exit(code)
 
 
 @contextmanager
