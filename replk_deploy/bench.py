@@ -1,8 +1,9 @@
 """Open backends → latencies, every sample kept.
 
 Contestants run in rounds A B C C B A, one at a time, so that a machine that slowly gets faster or
-slower does the same to all. A round gives one ratio to the baseline; the median of the ratios and
-its interval are the comparison.
+slower does the same to all. Each round has an order of its own, so that nobody always follows the
+same one and finds the heat and the clocks that it left. A round gives one ratio to the baseline; the
+median of the ratios and its interval are the comparison.
 
 Clocks, device times and throughput were taken on an H100; the tests use false devices.
 """
@@ -14,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from replk_deploy import clocks, machine
+import numpy as np
+
+from replk_deploy import clocks, lanes, machine
 from replk_deploy.backends.base import Array, Backend
 from replk_deploy.clocks import Series, Watch
 from replk_deploy.errors import ReplkError
 from replk_deploy.lanes import Clock, Contestant, Lane, Sleep, once
-from replk_deploy.measurement import NEEDED, Contract, Measurement, Ratio
+from replk_deploy.measurement import NEEDED, ROUNDS, Contract, Measurement, Ratio
 from replk_deploy.progress import Progress, silent
 
 
@@ -183,6 +186,14 @@ def demand(percentiles: Sequence[int], max_seconds: float) -> None:
         raise ReplkError(f"{max_seconds} seconds are no time", "give --max-seconds above 0")
 
 
+def shortage(max_seconds: float) -> str:
+    """Say that no row can settle in so little time; empty where one can."""
+    least = ROUNDS * 2 * (lanes.REWARM_MS + lanes.BLOCK_MS) / 1e3
+    if max_seconds >= least:
+        return ""
+    return f"--max-seconds {max_seconds:g} is too short to settle: {ROUNDS} rounds take at least {least:.2g} s a row"
+
+
 def _chosen(contestants: Sequence[Contestant], baseline: str | None, model: str | None) -> str:
     """Return the backend that is the baseline."""
     names = [c.name for c in contestants]
@@ -220,9 +231,11 @@ def _race(
         progress("warm-up", done, len(lanes))
     limit_ns = max_seconds * len(lanes) * 1e9
     start, longest, done = clock(), 0, 0
+    orders = np.random.default_rng(0)  # the same ones in each race
     while running:
         begun = clock()
-        for lane in (*running, *reversed(running)):
+        order = [running[i] for i in orders.permutation(len(running))]
+        for lane in (*order, *reversed(order)):
             attempt(lane, lane.block)
         for lane in running:
             lane.settle(percentiles)

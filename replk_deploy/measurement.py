@@ -292,10 +292,7 @@ class Measurement:
         if self.pace:
             capped = self.pace.events.get(clocks.POWER_CAP, 0)
             if capped:
-                said.append(
-                    f"the power limit held the clocks in {capped} of {len(self.pace.windows_mhz)} windows: this is the"
-                    " card's steady state under this load"
-                )
+                said.append(f"the power limit held the clocks in {capped} of {len(self.pace.windows_mhz)} windows")
             if self.pace.others:
                 said.append(f"other compute processes on the GPU: {self.pace.others}. Have it alone, and repeat")
         return tuple(said)
@@ -313,11 +310,14 @@ class Measurement:
             doubts.append(f"left after {self.rounds} rounds: {self.left}")
         if self.capped:
             width = self.p50_ms.half_width
-            known = "with no interval" if width is None else f"to ±{width:.2%}"
-            doubts.append(
-                f"time ran out after {self.rounds} rounds: the median is known {known}, wanted ±{TARGET:.1%} in"
-                f" {ROUNDS} rounds. Raise --max-seconds, or quiet the machine"
-            )
+            if self.rounds < ROUNDS:
+                doubts.append(f"time ran out after {self.rounds} of {ROUNDS} rounds. Raise --max-seconds")
+            elif width is None or width > TARGET:
+                known = "with no interval" if width is None else f"to ±{width:.2%}"
+                doubts.append(
+                    f"time ran out after {self.rounds} rounds: the median is known {known}, wanted ±{TARGET:.1%}."
+                    " Raise --max-seconds, or quiet the machine"
+                )
         slowed = len(self.flags["slowed"])
         if slowed > SLOWED_SHARE * self.n:
             causes = ", ".join(sorted(set(self.pace.slowed.values()))) if self.pace else ""

@@ -202,11 +202,27 @@ def test_a_quiet_race_settles_in_six_rounds_and_counts_every_sample() -> None:
     assert a.gpu_ms is None
 
 
-def test_contestants_take_turns_a_b_b_a_and_the_others_rest() -> None:
-    log: list[str] = []
-    race({"a": lambda _: 50.0, "b": lambda _: 50.0, "c": lambda _: 50.0}, log)
-    turns = [name for name, _ in itertools.groupby(log)]
-    assert turns == ["a", "b", "c", *["a", "b", "c", "b"] * 6, "a"]  # C C and A A join into one
+def test_each_round_goes_there_and_back_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[str] = []
+    block = lanes.Lane.block
+
+    def noted(lane: lanes.Lane) -> None:
+        blocks.append(lane.contestant.backend)
+        block(lane)
+
+    monkeypatch.setattr(lanes.Lane, "block", noted)
+    names = ("a", "b", "c")
+    rows = race({name: lambda _: 50.0 for name in names}).rows
+    rounds = [blocks[i : i + 6] for i in range(0, len(blocks), 6)]
+    assert len(rounds) == rows[0].rounds == 6
+    assert all(turn == turn[::-1] and sorted(turn[:3]) == list(names) for turn in rounds)
+    followed = {pair for turn in rounds for pair in itertools.pairwise(turn)}
+    assert followed >= set(itertools.permutations(names, 2)), "everybody runs behind everybody"
+    first = [turn[0] for turn in rounds]
+    assert set(first) == set(names)
+    again, blocks[:] = list(blocks), []
+    race({name: lambda _: 50.0 for name in names})
+    assert blocks == again
 
 
 def test_drift_cancels_in_paired_rounds_though_the_medians_move() -> None:
@@ -240,11 +256,24 @@ def test_time_that_runs_out_is_said_and_the_interval_reached_is_given() -> None:
     assert any("time ran out" in reason and f"{row.p50_ms.half_width:.2%}" in reason for reason in row.unstable)
 
 
+def test_a_row_says_which_of_width_and_rounds_was_missed() -> None:
+    (row,) = race({"a": lambda _: 20.0}, max_seconds=5).rows
+    assert (row.rounds, row.p50_ms.half_width) == (3, 0)
+    assert row.unstable == ("time ran out after 3 of 6 rounds. Raise --max-seconds",)
+
+
+@pytest.mark.parametrize("seconds", [2.0, 2.9, 3.0, 3.3])
+def test_time_that_cannot_hold_six_rounds_is_said_beforehand(seconds: float) -> None:
+    (row,) = race({"a": lambda _: 2.0}, max_seconds=seconds).rows
+    assert bool(bench.shortage(seconds)) == (row.rounds < measurement.ROUNDS)
+    assert bench.shortage(2.0) == "--max-seconds 2 is too short to settle: 6 rounds take at least 3 s a row"
+
+
 def test_less_than_six_rounds_give_no_interval_and_say_so() -> None:
     (row,) = race({"a": lambda _: 2000.0}, max_seconds=10).rows
     assert row.rounds == 1
     assert row.p50_ms.interval is None
-    assert row.unstable
+    assert row.unstable[0] == "time ran out after 1 of 6 rounds. Raise --max-seconds"
     assert row.p90_ms is None
     assert row.missing["p90_ms"].startswith("n/a (n=6")
 
@@ -514,8 +543,8 @@ def test_who_fails_in_a_round_keeps_the_rounds_before_and_the_others_go_on() -> 
     assert c.ratio.rounds == pytest.approx((0.25,) * 6)
     assert any("left after 2 rounds: GPU lost" in why for why in b.unstable)
     assert not any("time ran out" in why for why in b.unstable)
-    turns = "".join(name for name, _ in itertools.groupby(log))
-    assert turns.endswith("acaca")  # A C C A
+    after = log[len(log) - log[::-1].index("b") :]
+    assert {"a", "c"} == set(after)
 
 
 def test_a_baseline_that_fails_divides_as_far_as_it_came() -> None:
