@@ -67,7 +67,9 @@ class ErrorsAtTheEdge(typer.core.TyperGroup):
                 raise  # ours, with its traceback
             render.error(said)
             word = {Exit.MISMATCH: "rejected", Exit.INCONCLUSIVE: "inconclusive"}.get(said.code, "error")
-            render.verdict(word, f"{ctx.invoked_subcommand}: {said.problem.splitlines()[0].rstrip(':')}", render.err)
+            render.verdict(
+                word, f"{ctx.invoked_subcommand or 'replk'}: {said.problem.splitlines()[0].rstrip(':')}", render.err
+            )
             raise typer.Exit(said.code) from exc
 
 
@@ -89,11 +91,20 @@ def _options_of(command: Any) -> dict[str, config.Option]:
             parameter=option.name,
             repeats=option.multiple,
             switch=option.is_flag,
+            choices=_choices_of(hints[option.name], option.metavar or ""),
             path=Path in {hints[option.name], *typing.get_args(hints[option.name])},
         )
         for option in command.params
         if option.param_type_name == "option" and option.name in hints
     }
+
+
+def _choices_of(hint: Any, metavar: str) -> tuple[str, ...]:
+    """Return the choices that a type or a metavar lists; none where the metavar names anything else."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    words = tuple(metavar.split("|"))
+    return words if len(words) > 1 and all(map(str.islower, words)) else ()
 
 
 app = typer.Typer(
