@@ -2,7 +2,6 @@
 
 import errno
 import signal
-import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -651,29 +650,27 @@ def selftest(*, as_json: Json = None) -> None:
     _exit(state)
 
 
-def main() -> None:
+def main() -> int:
     """Run the command line; a request to end is an interrupt, and an output that nobody takes no bug."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
             app(prog_name="replk")
         finally:
-            if sys.stdout:
-                sys.stdout.flush()  # on the interpreter's way out nobody could catch it
-    except (OSError, SystemExit) as exc:
+            render.flush()
+    except BaseException as exc:
         if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):  # rich and Typer exit 1
-            code = Exit.PIPE
-        elif isinstance(exc, OSError) and exc.errno in FULL:
-            code = Exit.USAGE
-            with suppress(OSError):  # where stderr is as full
-                render.error(
-                    ReplkError(f"the output cannot be written: {exc.strerror}", "make room, or name another place")
-                )
-                render.verdict("error", f"replk: the output cannot be written: {exc.strerror}", render.err)
-        else:
+            render.fall_silent()
+            return Exit.PIPE
+        if not isinstance(exc, OSError) or exc.errno not in FULL:
             raise
+        problem = f"the output cannot be written: {exc.strerror}"
+        with suppress(OSError):  # stderr may be as full
+            render.error(ReplkError(problem, "make room, or name another place"))
+            render.verdict("error", f"replk: {problem}", render.err)
         render.fall_silent()
-        sys.exit(code)
+        return Exit.USAGE
+    return Exit.OK
 
 
 @contextmanager
