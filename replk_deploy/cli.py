@@ -492,7 +492,8 @@ def profile(
             allow_unverified=allow_unverified,
             progress=progress,
         )
-    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%} of it"
+    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%}"
+    last += " · unstable, see notes" if found.unstable else ""
     render.show(found, lambda: render.profile(found), last, "pass", as_json=as_json)
 
 
