@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-gpu docs fmt figures example benchmarks clean
+.PHONY: demo test test-slow test-gpu docs fmt figures screens example benchmarks clean
 
 demo: $(STAMP)  ## take the trained demo checkpoint through the whole chain
 	$(BIN)/replk demo
@@ -32,6 +32,9 @@ figures: $(STAMP)  ## redraw the pictures of the documentation
 	$(BIN)/python docs/figures/fusion.py
 	$(BIN)/python docs/figures/lowering.py
 	$(BIN)/python docs/figures/throughput.py
+
+screens: $(STAMP)  ## run every command again for the pictures in docs/commands.md; minutes
+	$(BIN)/python docs/screens.py
 
 example: $(STAMP)  ## make the report in docs/examples again; wants a quiet machine
 	$(BIN)/replk deploy models/digits.pth --data models/digits-test.npz --precision fp32 --precision fp16 \

@@ -63,7 +63,7 @@ def artefact(network: Network, options: argparse.Namespace, forms: str, folder: 
         preprocessing=Preprocessing(
             size=options.sides, mean=HALF, std=HALF, resize="warp", crop_pct=1.0, said_by="user"
         ),
-        source_sha256="",
+        source_sha256=weights.content_hash(network),
         source_name="random",
     )
     weights.write(path, proof.cast(network, options.precision), metadata)

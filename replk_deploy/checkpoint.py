@@ -201,10 +201,11 @@ def _label(contents: container.Contents, inferred: str, classes: int | None) -> 
     said = {} if contents.args is None else vars(contents.args)
     doubts = []
     name = said.get("model")
+    name = name if isinstance(name, str) and name.isprintable() else inferred
     label = inferred
-    if isinstance(name, str) and inferred not in VARIANTS:
+    if inferred not in VARIANTS:
         label = name
-    if isinstance(name, str) and name != inferred and (name in VARIANTS or inferred in VARIANTS):
+    if name != inferred and (name in VARIANTS or inferred in VARIANTS):
         label = inferred
         doubts.append(f"its args say {name}, its tensors are {inferred}")
     count = said.get("nb_classes")

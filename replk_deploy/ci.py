@@ -22,13 +22,15 @@ UNENDED = "it has not ended: it is still at work, or it was killed, which a lack
 class Case:
     """One comparison: what was found, in words, and why it failed; empty when it passed.
 
-    An `error` is a failure that is no answer, because something stopped the question.
+    An `error` is a failure that is no answer, because something stopped the question. The `file` is the one that it
+    speaks of, where that is not what the command was asked about.
     """
 
     name: str
     found: str
     failure: str = ""
     error: bool = False
+    file: str = ""
 
     @classmethod
     def stopped(cls, name: str, why: str) -> Self:
@@ -67,11 +69,8 @@ def of_deployment(run: Mapping[str, Any]) -> tuple[Case, ...]:
     for step in (run["fuse"], *run["exports"]):
         verdict = step["verdict"]
         said = f"{verdict['state']}: {verdict['why']}".removesuffix(": ")
-        cases.append(
-            Case(
-                name=step["file"].rsplit("/", 1)[-1], found=said, failure=said if verdict["state"] == "rejected" else ""
-            )
-        )
+        bad = said if verdict["state"] == "rejected" else ""
+        cases.append(Case(name=step["file"].rsplit("/", 1)[-1], found=said, failure=bad, file=step["file"]))
     for name, agreement in (run["bench"] or {"agreements": {}})["agreements"].items():
         failed = agreement["state"] == "rejected"
         cases.append(Case(name=name, found=agreement["sentence"], failure=agreement["sentence"] if failed else ""))
@@ -98,15 +97,20 @@ def junit(suite: str, cases: Sequence[Case]) -> str:
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def annotations(suite: str, cases: Sequence[Case]) -> Iterator[str]:
-    """Yield a workflow command of GitHub for each failed case, or one notice that none failed."""
-    failed = [case for case in cases if case.failure]
-    for case in failed:
-        yield f"::error title={_property(f'replk {suite}: {case.name}')}::{_message(case.failure)}"
-    if not cases:
-        yield f"::error title={_property(f'replk {suite}')}::{NOTHING}"
-    elif not failed:
-        yield f"::notice title={_property(f'replk {suite}')}::{_message(f'{len(cases)} comparisons passed')}"
+def annotations(suite: str, cases: Sequence[Case], *, about: Path, workspace: Path) -> Iterator[str]:
+    """Yield a workflow command of GitHub for each failed case, or one notice that none failed.
+
+    Args:
+        suite: the command.
+        cases: what it found.
+        about: the file that it was asked about.
+        workspace: from where GitHub names files.
+    """
+    told = [("error", f": {case.name}", Path(case.file or about), case.failure) for case in cases if case.failure]
+    passed = ("notice", "", about, f"{len(cases)} comparisons passed")
+    for word, name, file, text in told or [passed if cases else ("error", "", about, NOTHING)]:
+        place, title = _property(_place(file, workspace)), _property(f"replk {suite}{name}")
+        yield f"::{word} file={place},title={title}::{_message(text)}"
 
 
 def summary(suite: str, cases: Sequence[Case]) -> str:
@@ -139,6 +143,12 @@ def append(summary: Path, text: str) -> None:
 def _text(text: str) -> str:
     """Leave out what XML cannot hold."""
     return "".join(c for c in text if c.isprintable() or c in "\t\n")
+
+
+def _place(file: Path, workspace: Path) -> str:
+    """Name a file from the workspace where it lies inside, wherever it may link to."""
+    whole, root = file.parent.resolve() / file.name, workspace.resolve()
+    return (whole.relative_to(root) if whole.is_relative_to(root) else whole).as_posix()
 
 
 def _message(text: str) -> str:

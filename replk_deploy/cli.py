@@ -289,7 +289,7 @@ def verify(
     """Judge one file by another; exit 3 when they do not compute the same."""
     from replk_deploy import ci, pipeline
 
-    with _told("verify", junit, github=github) as tell, render.bars() as progress:
+    with _told("verify", candidate, junit, github=github) as tell, render.bars() as progress:
         found = pipeline.verify(
             reference,
             candidate,
@@ -455,7 +455,7 @@ def compare(
     """Say of each row of two bench records whether it is the same, faster, slower or ambiguous."""
     from replk_deploy import ci, pipeline
 
-    with _told("compare", junit, github=github) as tell:
+    with _told("compare", new, junit, github=github) as tell:
         found = pipeline.compare(base, new, max_regress=options.share_of(max_regress))
         tell(ci.of_comparison(found, require_stable=require_stable))
     missing = max_regress is not None and found.only_in_base
@@ -557,7 +557,8 @@ def report(
     from replk_deploy.report import forms
 
     found = pipeline.report(tuple(runs or ()), html=html, markdown=markdown, junit=junit, json=as_json)
-    places = [str(p) for p in (html, markdown, junit, as_json) if p] or [f"{found.runs[0].name}/report.html"]
+    folder = runs[0] if runs else advice.RUNS / found.runs[0].name
+    places = [str(p) for p in (html, markdown, junit, as_json) if p] or [f"{folder}/report.html"]
     console = render.out
     if str(as_json) == "-":
         render.document(forms.as_json(found))
@@ -589,7 +590,7 @@ def deploy(
     """Do it all: inspect, fuse, prove, export, prove, bench, report."""
     from replk_deploy import ci, pipeline
 
-    with _told("deploy", junit, github=github) as tell, render.bars() as progress:
+    with _told("deploy", checkpoint, junit, github=github) as tell, render.bars() as progress:
         done = pipeline.deploy(
             checkpoint,
             source=options.source_of(weights),
@@ -646,7 +647,7 @@ def main() -> None:
 
 
 @contextmanager
-def _told(suite: str, junit: Path | None, *, github: bool) -> Iterator[Callable[[Sequence[Any]], None]]:
+def _told(suite: str, about: Path, junit: Path | None, *, github: bool) -> Iterator[Callable[[Sequence[Any]], None]]:
     """Give what tells continuous integration of a verdict; what stops the command is told, even where it is killed."""
     from replk_deploy import ci
 
@@ -656,7 +657,7 @@ def _told(suite: str, junit: Path | None, *, github: bool) -> Iterator[Callable[
         if junit:
             files.write_text(junit, ci.junit(suite, cases))
         if github:
-            for line in ci.annotations(suite, cases):
+            for line in ci.annotations(suite, cases, about=about, workspace=machine.workspace()):
                 render.note(line)
         if summary:
             ci.append(summary, ci.summary(suite, cases))

@@ -100,6 +100,11 @@ class Compared:
         return max(0.0, self.base.coverage + self.new.coverage - 1)
 
     @property
+    def processes(self) -> int:
+        """Count the processes of the side that has fewer."""
+        return min(len(self.base.p50_ms), len(self.new.p50_ms))
+
+    @property
     def word(self) -> Word:
         """Say what the interval allows to say; nothing where a side is in doubt."""
         if self.interval is None or self.unstable:
@@ -107,11 +112,19 @@ class Compared:
         low, high = self.interval
         if 1 - self.delta <= low and high <= 1 + self.delta:
             return "SAME"
-        few = min(len(self.base.p50_ms), len(self.new.p50_ms)) < PROCESSES
-        margin = CAUTION if few else 0.0
+        margin = CAUTION if self.processes < PROCESSES else 0.0
         if high < 1 - margin:
             return "FASTER"
         return "SLOWER" if low > 1 + margin else "AMBIGUOUS"
+
+    def slower_than(self, limit: float) -> bool | None:
+        """Tell whether the row is slower by more than a share; None where noise leaves that open."""
+        if self.interval is None:
+            return None
+        low, high = self.interval
+        if high <= 1 + limit:
+            return False
+        return True if low > 1 + limit and not self.unstable else None
 
     @property
     def unstable(self) -> bool:
@@ -167,19 +180,17 @@ class Comparison:
 
     @property
     def regressions(self) -> tuple[str, ...]:
-        """Name the rows whose whole interval lies above the limit; what is ambiguous is none."""
-        if self.max_regress is None:
-            return ()
-        limit = 1 + self.max_regress
-        return tuple(r.name for r in self.rows if r.interval and r.interval[0] > limit and r.word != "AMBIGUOUS")
+        """Name the rows that are slower by more than the limit for certain."""
+        return self._slower(certain=True)
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """Name the rows that would have regressed if they were stable, and those without an interval."""
-        if self.max_regress is None:
-            return ()
-        limit = 1 + self.max_regress
-        return tuple(r.name for r in self.rows if r.interval is None or (r.unstable and r.interval[0] > limit))
+        """Name the rows that may be slower by more than the limit: noise leaves it open."""
+        return self._slower(certain=None)
+
+    def _slower(self, *, certain: bool | None) -> tuple[str, ...]:
+        limit = self.max_regress
+        return () if limit is None else tuple(r.name for r in self.rows if r.slower_than(limit) is certain)
 
     @property
     def regressed(self) -> bool:
@@ -200,11 +211,12 @@ def compare(
         base: each from a process of its own.
         new: each from a process of its own.
         max_regress: share by which a row may be slower, as 0.03.
-        delta: share within which two rows are the same.
+        delta: share within which two rows are the same; never more than `max_regress`.
 
     Raises:
         IntegrityError: not a whole bench record, or one of a newer format.
-        ReplkError: what had to be equal differs, a record is named twice, or no row is on both sides.
+        ReplkError: what had to be equal differs, a record is named twice, no row is on both sides, or the limit is
+            less than so few processes can tell.
     """
     if not 0 < delta < 1 or not (max_regress is None or 0 <= max_regress < math.inf):
         raise ReplkError(
@@ -218,15 +230,19 @@ def compare(
             "bench the same backends and batches on both sides",
         )
     _demand_alike((*olds, *news), common)
+    if max_regress is not None:
+        delta = min(delta, max_regress)
+    rows = tuple(_compared(key, olds, news, delta) for key in common)
+    _demand_processes(rows, max_regress)
     return Comparison(
         base=tuple(record.name for record in olds),
         new=tuple(record.name for record in news),
-        rows=tuple(_compared(key, olds, news, delta) for key in common),
+        rows=rows,
         only_in_base=tuple(row_name(*key) for key in _keys(olds) if key not in common),
         only_in_new=tuple(row_name(*key) for key in _keys(news) if key not in common),
         delta=delta,
         max_regress=max_regress,
-        doubts=tuple(_doubts(olds, news, common)),
+        doubts=(*_doubts(olds, news, common), *_open(rows, max_regress)),
     )
 
 
@@ -340,6 +356,26 @@ def _demand_alike(all_records: Sequence[_Record], common: Sequence[Key]) -> None
             f"not comparable: {'; '.join(differ)}",
             "measure both on one machine, with the same settings and versions: replk bench --json FILE",
         )
+
+
+def _demand_processes(rows: Sequence[Compared], limit: float | None) -> None:
+    """Raise ReplkError for a limit that is less than so few processes can tell."""
+    few = min(row.processes for row in rows)
+    if limit is not None and limit < CAUTION and few < PROCESSES:
+        raise ReplkError(
+            f"a limit of {limit:.2%} is less than what {few} of {PROCESSES} processes a side can tell, {CAUTION:.0%}",
+            f"give {CAUTION:.0%} or more, or a folder of {PROCESSES} records a side, each from a process of its own",
+        )
+
+
+def _open(rows: Sequence[Compared], limit: float | None) -> Iterator[str]:
+    """Say of each row that has a word why it is undecided all the same; an ambiguous one says it itself."""
+    for row in rows if limit is not None else ():
+        if row.word != "AMBIGUOUS" and row.interval and row.slower_than(limit or 0.0) is None:
+            yield (
+                f"{row.name} may be slower by more than {limit:.1%}: its interval ends at {row.interval[1]:.3f}; run"
+                " more processes, or quiet the machine"
+            )
 
 
 def _settings(one: Mapping[str, Any], other: Mapping[str, Any], *, gpu: bool) -> Iterator[tuple[str, Any, Any]]:

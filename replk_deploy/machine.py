@@ -63,6 +63,11 @@ def step_summary() -> Path | None:
     return Path(name) if name else None
 
 
+def workspace() -> Path:
+    """Return the folder from which GitHub Actions names files; the current one elsewhere."""
+    return Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd())
+
+
 def gpu_in_use() -> str | None:
     """Name a GPU as `clocks` takes it: the one that PyTorch uses, by its UUID; until it uses one, CUDA_VISIBLE_DEVICES.
 

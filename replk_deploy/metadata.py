@@ -6,6 +6,7 @@ under `replk.<name>`.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -82,6 +83,20 @@ class Metadata:
             found["preprocessing"] = Preprocessing(**said)
             if "verdict" in found:
                 found["verdict"] = Verdict(**json.loads(found["verdict"]))
-            return cls(**{k: v for k, v in found.items() if k in {f.name for f in dataclasses.fields(cls)}})
+            made = cls(**{k: v for k, v in found.items() if k in {f.name for f in dataclasses.fields(cls)}})
+            wrong = _wrong(made)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as exc:
             raise ValueError(f"its replk header is damaged: {exc}") from exc
+        if wrong:
+            raise ValueError(f"its replk header is damaged: {', '.join(wrong)}")
+        return made
+
+
+def _wrong(made: Metadata) -> list[str]:
+    """Name the fields that hold what nothing of ours writes there; names of files and lines of CI are made of them."""
+    sound = {
+        "label": made.label.isprintable(),
+        "source_sha256": re.fullmatch("[0-9a-f]{64}", made.source_sha256),
+        "selected": re.fullmatch(r"[\w-]*", made.selected),
+    }
+    return [name for name, holds in sound.items() if not holds]

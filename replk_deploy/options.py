@@ -81,12 +81,14 @@ Form = Annotated[
 
 
 def share_of(text: str | None) -> float | None:
-    """Read a share: 3% or 0.03."""
+    """Read a share: 3% or 0.03; a whole and more needs the sign, because 3 is rarely meant as 300%."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
     if not found:
         raise ReplkError(f"{text} is no share", "write it as 3% or 0.03")
+    if not found[2] and float(found[1]) >= 1:
+        raise ReplkError(f"{text} is {float(found[1]):.0%} as a share", f"did you mean {found[1]}%?")
     return float(found[1]) / (100 if found[2] else 1)
 
 

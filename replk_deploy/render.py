@@ -30,7 +30,7 @@ def console(
     variables: Mapping[str, str] | None = None, *, stderr: bool = False, terminal: bool | None = None
 ) -> Console:
     """Return stdout or stderr, without escape codes under NO_COLOR; what is not told is found out."""
-    made = Console(stderr=stderr, highlight=False, force_terminal=terminal, _environ=variables)
+    made = Console(stderr=stderr, highlight=False, emoji=False, force_terminal=terminal, _environ=variables)
     if made.no_color:
         made._color_system = None  # rich itself would keep bold and dim
     if not made.is_terminal and made._width is None:

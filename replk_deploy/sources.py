@@ -1,5 +1,6 @@
 """Which file a command means, and whether anything vouches for it."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +22,9 @@ FUSED = "fused.safetensors"
 
 
 def run_name(loaded: Loaded) -> str:
-    """Name the run of a checkpoint: its label and the first digits of its hash."""
-    words = "".join(c if c.isalnum() else "-" for c in loaded.label.lower())
+    """Name the run of a checkpoint: label, first digits of its hash, and choice, in [a-z0-9_-] whatever they hold."""
     origin = loaded.metadata.source_sha256 if loaded.metadata else loaded.sha256
-    return "-".join(filter(None, (*words.split("-"), origin[:8], loaded.selected)))
+    return "-".join(re.findall(r"[a-z0-9_]+", f"{loaded.label}-{origin[:8]}-{loaded.selected}".lower()))
 
 
 def load_either(path: Path, source: Source, head: str | None) -> Loaded:

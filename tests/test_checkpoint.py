@@ -453,6 +453,11 @@ def test_arguments_that_agree_raise_no_doubt(checkpoint_file: Path) -> None:
     assert set(loaded.ignored) == {"optimizer", "epoch", "scaler", "args"}
 
 
+def test_a_name_that_is_no_line_of_text_is_no_label(trained, tmp_path: Path) -> None:
+    path = networks.save_as_trained(trained, tmp_path / "x.pth", model="a\n::error::b")
+    assert load(path).label == trained.geometry.label
+
+
 def test_arguments_that_disagree_are_a_doubt_and_the_tensors_are_believed(trained, tmp_path: Path) -> None:
     path = networks.save_as_trained(trained, tmp_path / "x.pth", model="RepLKNet-XL", nb_classes=1000)
     loaded = load(path)

@@ -53,6 +53,18 @@ def suite(path: Path) -> tuple[dict[str, str], list[str]]:
     return dict(inside.attrib), failed
 
 
+def annotation(line: str) -> tuple[str, ...]:
+    """Read a workflow command: its word, file, title and message."""
+    found = re.fullmatch(r"::(error|notice) file=([^:,\r\n]*),title=([^:,\r\n]*)::([^\r\n]*)", line)
+    assert found, line
+    return tuple(re.sub("%(25|0D|0A|3A|2C)", lambda m: unquote(m[0]), part) for part in found.groups())
+
+
+def told(words: str) -> list[tuple[str, ...]]:
+    """Read the annotations among other words, without their messages."""
+    return [annotation(line)[:3] for line in words.splitlines() if line.startswith("::")]
+
+
 @given(CASES)
 def test_any_words_survive(cases: list[Case]) -> None:
     root = ET.fromstring(ci.junit("verify", cases))
@@ -63,18 +75,37 @@ def test_any_words_survive(cases: list[Case]) -> None:
     assert found == [[kind] if kind else [] for kind in kinds]
     assert (int(root.attrib["failures"]), int(root.attrib["errors"])) == (kinds.count("failure"), kinds.count("error"))
 
-    lines = list(ci.annotations("verify", cases))
+    lines = list(ci.annotations("verify", cases, about=ROOT / "a, b%2C.pth", workspace=ROOT))
     wrong = [c for c in cases if c.failure]
     assert len(lines) == (len(wrong) or 1)
     for line, case in zip(lines, wrong, strict=False):
-        found = re.fullmatch(r"::error title=([^:,]*)::([^\r\n]*)", line)
-        assert found, line
-        told = [re.sub("%(25|0D|0A|3A|2C)", lambda m: unquote(m[0]), part) for part in found.groups()]
-        assert told == [f"replk verify: {case.name}", case.failure]
+        assert annotation(line) == ("error", "a, b%2C.pth", f"replk verify: {case.name}", case.failure)
     assert all(line.startswith("::notice" if cases and not wrong else "::error") for line in lines)
 
     table = ci.summary("verify", cases).split("\n\n", 1)[1].strip("\n").split("\n")
     assert len(table) == 2 + len(cases), "a line each"
+
+
+def test_an_annotation_names_its_file_from_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = tmp_path / "work" / "sub", tmp_path / "cache"
+    inside.mkdir(parents=True)
+    outside.mkdir()
+    (inside / "linked.pth").symlink_to(outside / "blob")
+    monkeypatch.chdir(inside)
+    odd = "50%0A: a,b\r\n::error::.pth"
+    for about, name in (
+        ("x.pth", "sub/x.pth"),
+        ("../x.pth", "x.pth"),
+        ("linked.pth", "sub/linked.pth"),
+        (odd, f"sub/{odd}"),
+        (str(outside / "x.pth"), str(outside / "x.pth")),
+    ):
+        for cases in ([], [Case(name="a", found="", failure="b")], [Case(name="a", found="b")]):
+            (line,) = ci.annotations("verify", cases, about=Path(about), workspace=tmp_path / "work")
+            assert annotation(line)[1] == name
+        own = [Case(name="a", found="", failure="b", file=about)]
+        (line,) = ci.annotations("verify", own, about=Path("other"), workspace=tmp_path / "work")
+        assert annotation(line)[1] == name
 
 
 @pytest.fixture(scope="module")
@@ -89,27 +120,29 @@ def test_a_verification_is_told_as_it_ended(
     checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary, out = tmp_path / "summary.md", tmp_path / "new" / "junit.xml"
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     one, other = checkpoints
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(one.parent))
 
     done = ask("verify", one, one, "--junit", out, "--github")
     assert done.exit_code == Exit.OK, done.output
     counts, failed = suite(out)
     assert (counts["name"], failed, int(counts["tests"]) > 1) == ("verify", [], True)
-    assert "::notice title=replk verify::" in done.stderr
+    assert told(done.stderr) == [("notice", "0.pth", "replk verify")]
     assert summary.read_text().startswith("### replk verify: ")
 
     done = ask("verify", one, other, "--junit", out, "--github")
     assert done.exit_code == Exit.MISMATCH
     assert "verify" in suite(out)[1]
-    assert done.stderr.count("::error title=replk verify%3A ") == len(suite(out)[1])
+    wrong = [("error", "1.pth", f"replk verify: {name}") for name in suite(out)[1]]
+    assert told(done.stderr) == wrong, "what is judged is at fault"
     assert summary.read_text().count("### replk verify: ") == 2
     assert "**failed**" in summary.read_text()
 
     done = ask("verify", one, tmp_path / "missing.onnx", "--junit", out, "--github")
     assert done.exit_code == Exit.USAGE
     assert suite(out)[1] == ["verify"], "what could not be asked has not passed"
-    assert "::error" in done.stderr
+    assert told(done.stderr) == [("error", str(tmp_path / "missing.onnx"), "replk verify: verify")]
 
     (tmp_path / "file").write_text("")
     done = ask("verify", one, one, "--junit", tmp_path / "file" / "junit.xml")
@@ -159,12 +192,13 @@ def test_what_stops_a_command_is_an_error_and_no_verdict(
 
     monkeypatch.setattr(pipeline, command, stopped)
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    monkeypatch.delenv("GITHUB_WORKSPACE", raising=False)
     files = ["x.pth"] if command == "deploy" else ["x.pth", "y.onnx"]
     done = ask(command, *files, "--junit", out, "--github")
     assert done.exit_code == code, done.output
     assert (suite(out)[0]["errors"], suite(out)[1]) == ("1", [command])
     assert words in out.read_text()
-    assert f"::error title=replk {command}%3A {command}::" in done.stderr
+    assert told(done.stderr) == [("error", files[-1], f"replk {command}: {command}")]
     assert words in summary.read_text()
 
 
@@ -215,6 +249,7 @@ def test_a_deployment_is_a_case_for_each_file_and_each_backend() -> None:
         "torch": "",
         "deploy": "nothing was timed",
     }
+    assert [c.file for c in cases] == ["out/fused.safetensors", "out/model.fp16.onnx", "", "", ""]
 
 
 def snippet(page: str, key: str) -> Any:
@@ -302,8 +337,20 @@ def test_the_steps_of_the_action_run_and_fail_as_they_should(checkpoints: tuple[
 
     given["checkpoint"] = str(tmp_path / "missing.pth")
     code, outputs, words = run("Deploy")
-    assert (code, outputs["verdict"]) == (Exit.USAGE, "failed")
+    assert (code, outputs) == (Exit.USAGE, {"verdict": "failed"}), "and no report, which would be an earlier run's"
     assert "::error" in words
+    (tmp_path / "fp32").write_text("what a pattern would find")
+    given["precision"] = "fp*"
+    assert "--precision fp* is not known" in run("Deploy")[2]
+    name = bench.parent.parent.name
+    assert (tmp_path / "replk-out" / name / "report.md").is_file()
+    (tmp_path / "bin" / "replk").write_text(f"#!/bin/sh\necho {name} > replk-out/latest\nexit 3\n")
+    code, outputs, _ = run("Deploy")
+    assert (code, outputs) == (Exit.MISMATCH, {"verdict": "failed"}), "it ended before its report"
+    assert all(
+        "${{" not in step.get("run", "")
+        for step in (*steps.values(), *snippet("ci.md", "jobs")["jobs"]["deploy"]["steps"])
+    )
     used = set(re.findall(r"inputs\.([\w-]+)", json.dumps(action["runs"])))
     assert used == action["inputs"].keys(), "each input is used"
 

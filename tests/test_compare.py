@@ -207,7 +207,7 @@ def test_an_unstable_side_allows_no_word_and_says_why(ratio: float, shaky: str, 
     named = {name for name in ("base", "new") if f"{name} is unstable in 1 of {processes}" in only(found).why}
     assert named == ({"base", "new"} if shaky == "both" else {shaky})
     assert "warm-up did not settle in 10.0 s" in only(found).why
-    assert found.undecided == (("torch b1",) if stable.interval[0] > 1.02 else ()), "a slower row does not pass unseen"
+    assert found.undecided == (("torch b1",) if stable.interval[1] > 1.02 else ()), "a slower row does not pass unseen"
     assert json.loads(records.to_json(found))["rows"][0]["why"] == only(found).why
 
 
@@ -219,27 +219,46 @@ def test_every_ambiguous_row_says_why_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("new", "limit", "regressed"),
+    ("new", "limit", "state"),
     [
-        ([10.30, 10.40], None, False),
-        ([10.30, 10.40], 0.02, True),
-        ([10.30, 10.40], 0.03, False),  # the lower end counts, and is exactly there
-        ([9.0, 12.0], 0.03, False),  # ambiguous
-        ([10.15, 10.18], 0.01, False),  # less than a few processes can tell
-        ([9.0, 9.1], 0.0, False),
+        ([10.30, 10.40], None, "pass"),
+        ([10.30, 10.40], 0.02, "regressed"),
+        ([10.30, 10.40], 0.03, "undecided"),  # the lower end counts, and is exactly there
+        ([10.30, 10.40], 0.05, "pass"),  # slower, by less than the limit
+        ([9.5, 22.2], 0.03, "undecided"),  # a median half as slow again, and nobody can say more
+        ([9.0, 10.1], 0.03, "pass"),
+        ([9.0, 9.1], 0.02, "pass"),
     ],
 )
-def test_only_what_is_surely_above_the_limit_has_regressed(
-    new: list[float], limit: float | None, *, regressed: bool
+def test_what_noise_lets_pass_the_limit_is_undecided_and_what_surely_does_has_regressed(
+    new: list[float], limit: float | None, state: str
 ) -> None:
     found = compare(side([10.0, 9.99]), side(new), max_regress=limit)
-    assert found.regressed == regressed
-    assert found.regressions == (("torch b1",) if regressed else ())
+    named = ("torch b1",)
+    assert found.regressions == (named if state == "regressed" else ())
+    assert found.undecided == (named if state == "undecided" else ())
+    said = [doubt for doubt in found.doubts if "may be slower by more than" in doubt]
+    assert bool(said) == (state == "undecided" and only(found).word != "AMBIGUOUS")
 
 
 def test_a_limit_below_what_counts_as_the_same_is_kept_to() -> None:
-    found = compare(side(np.linspace(9.999, 10, 7)), side(np.linspace(10.06, 10.07, 7)), max_regress=0.005)
-    assert (only(found).word, found.regressed) == ("SAME", True)
+    base = side(np.linspace(9.999, 10, 7))
+    found = compare(base, side(np.linspace(10.06, 10.07, 7)), max_regress=0.005)
+    assert (only(found).word, found.regressed) == ("SLOWER", True)
+    found = compare(base, side(np.linspace(9.999, 10.04, 7)), max_regress=0.005)
+    assert (only(found).word, found.undecided) == ("SAME", ())
+    found = compare(base, side(np.linspace(9.999, 10.06, 7)), max_regress=0.005)
+    assert (only(found).word, found.undecided) == ("AMBIGUOUS", ("torch b1",))
+
+
+@pytest.mark.parametrize("processes", [1, 6, 7])
+def test_a_limit_that_so_few_processes_cannot_tell_is_refused(processes: int) -> None:
+    base, new = side(np.linspace(9.999, 10, processes)), side(np.linspace(10.188, 10.192, 7))
+    if processes < 7:
+        with pytest.raises(ReplkError, match=f"1.00% is less than what {processes} of 7 processes a side can tell, 2%"):
+            compare(base, new, max_regress=0.01)
+    else:
+        assert compare(base, new, max_regress=0.01).regressed
 
 
 # ── rows that find each other ────────────────────────────────────────────────────────────────────
@@ -438,6 +457,11 @@ def test_the_comparison_is_a_record() -> None:
         ({}, ["--max-regress", "3%"], Exit.REGRESSION),
         (SHAKY, ["--max-regress", "3%"], Exit.INCONCLUSIVE),
         (SHAKY, ["--max-regress", "300%"], Exit.OK),
+        ({}, ["--max-regress", "100%"], Exit.INCONCLUSIVE),  # its interval holds the limit
+        ({}, ["--max-regress", "1%"], Exit.USAGE),
+        ({}, ["--max-regress", "5"], Exit.USAGE),
+        ({}, ["--max-regress", "1.0"], Exit.USAGE),
+        ({}, ["--max-regress", "0.99"], Exit.REGRESSION),
         (SHAKY, ["--require-stable"], Exit.INCONCLUSIVE),
         (SHAKY, [], Exit.OK),
     ],
@@ -451,3 +475,14 @@ def test_a_slower_row_that_is_unstable_is_no_regression_and_no_pass(
     done = CliRunner().invoke(app, ["compare", *map(str, paths), *options], catch_exceptions=False)
     assert done.exit_code == code
     assert ("new is unstable in 1 of 1" in done.output) == bool(changes)
+    assert ("did you mean 5%?" in done.output) == ("5" in options)
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+def test_a_share_of_a_whole_or_more_is_refused_in_the_file_of_a_project_too() -> None:
+    Path("base.json").write_text(records.to_json(record(row(10.0))), encoding="utf-8")
+    Path("new.json").write_text(records.to_json(record(row(20.0))), encoding="utf-8")
+    for said, code in (("5", Exit.USAGE), ('"5"', Exit.USAGE), ('"5%"', Exit.REGRESSION), ("0.05", Exit.REGRESSION)):
+        Path("replk.toml").write_text(f"[compare]\nmax-regress = {said}\n", encoding="utf-8")
+        done = CliRunner().invoke(app, ["compare", "base.json", "new.json"], catch_exceptions=False)
+        assert done.exit_code == code, done.output

@@ -13,6 +13,8 @@ from replk_deploy.preprocess import Preprocessing
 
 GEOMETRY = json.dumps(dataclasses.asdict(VARIANTS["RepLKNet-31B"]), sort_keys=True)
 texts = st.text(max_size=20)
+lines = texts.filter(str.isprintable)
+hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
 shares = st.none() | st.floats(0, 1e9, allow_nan=False)
 numbers = st.floats(0.01, 1, allow_nan=False)
 thirds = st.tuples(numbers, numbers, numbers)
@@ -39,11 +41,12 @@ headers = st.builds(
     family=st.just("replknet"),
     form=st.sampled_from(["training", "merged", "folded"]),
     geometry=st.just(GEOMETRY),
-    label=texts,
+    label=lines,
     precision=st.sampled_from(["fp32", "fp16", "bf16"]),
     preprocessing=rules,
-    source_sha256=texts,
+    source_sha256=hashes,
     source_name=texts,
+    selected=st.from_regex(r"[\w-]{0,9}", fullmatch=True),
     version=texts,
     verdict=st.none() | verdicts,
 )
@@ -120,4 +123,15 @@ def test_a_field_that_is_missing_is_damage(name: str) -> None:
 )
 def test_a_field_that_does_not_parse_is_damage(name: str, text: str) -> None:
     with pytest.raises(ValueError, match="header is damaged"):
+        Metadata.from_strings(example().to_strings() | {f"replk.{name}": text})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("selected", text) for text in ("$(id>pwned)", "a\nb", "/../../../evil", "a.b", "a b")]
+    + [("source_sha256", text) for text in ("", "a" * 63, "A" * 64, "a" * 64 + "\n", "../" + "a" * 61)]
+    + [("label", "a\n::warning::b")],
+)
+def test_a_field_that_could_name_a_path_or_a_command_is_damage(name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=f"header is damaged: {name}"):
         Metadata.from_strings(example().to_strings() | {f"replk.{name}": text})

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from replk_deploy import checkpoint, files, graph, pipeline, proof, sources, weights
 from replk_deploy import export as exporting
-from replk_deploy import files, graph, pipeline, proof, weights
 from replk_deploy import fuse as fusing
 from replk_deploy.backends import BACKENDS, cuda, find
 from replk_deploy.backends.base import Settings
@@ -21,6 +24,7 @@ from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.backends.torch import Torch
 from replk_deploy.batch import Batch
 from replk_deploy.bench import Bench
+from replk_deploy.checkpoint import Loaded
 from replk_deploy.errors import Exit, IntegrityError, MismatchError, ReplkError, UnavailableError
 from replk_deploy.models import baselines, reparam
 from replk_deploy.models.replknet import RepLKGeometry, RepLKNet
@@ -49,6 +53,11 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory, net: RepLKNet) -> Path:
     saved = torch.load(path, weights_only=False)
     torch.save(saved | {"model_ema": networks.trained(TINY, seed=1).state_dict()}, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def opened(ckpt: Path) -> Loaded:
+    return checkpoint.load(ckpt)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +218,25 @@ def test_fusing_a_proved_merged_file_to_the_end_is_proved(tmp_path: Path, ckpt: 
     assert (full.verdict.state, full.fusion.left) == ("pass", ())
     assert weights.header(full.file).source_sha256 == files.sha256(ckpt)
     assert off(answer(weights.read(full.file)[0], images()), answer(net, images())) < 1e-5
+
+
+@given(label=st.text(max_size=40), selected=st.text(max_size=20))
+def test_the_name_of_a_run_is_one_word_whatever_the_file_says(opened: Loaded, label: str, selected: str) -> None:
+    name = sources.run_name(dataclasses.replace(opened, label=label, selected=selected))
+    assert re.fullmatch("[a-z0-9_-]+", name)
+    assert opened.sha256[:8] in name
+
+
+def test_a_header_cannot_name_a_folder_or_a_command(tmp_path: Path, run: Path) -> None:
+    path = tmp_path / "fused.safetensors"
+    root = tmp_path / "deep" / "out"
+    for selected in ("/../../../evil", "$(id>pwned)", "a\nb=c"):
+        model, metadata = weights.read(run / "fused.safetensors")
+        weights.write(path, model, dataclasses.replace(metadata, selected=selected, verdict=None))
+        with pytest.raises(ReplkError, match="header is damaged: selected"):
+            pipeline.fuse(path, prove=False, root=root)
+        assert not list(tmp_path.rglob("evil*"))
+        assert not root.exists()
 
 
 @pytest.mark.parametrize("output", ["fused.bin", "fused", "fused.onnx", "fused.safetensors.gz"])

@@ -14,7 +14,7 @@ from replk_deploy import render
 from replk_deploy.errors import CheckpointError, ReplkError
 from replk_deploy.metadata import State
 
-NASTY = "[red]ckpt[/red] [/] \\[x] 50% | σ.pth"
+NASTY = "[red]ckpt[/red] [/] \\[x] 50% | :x: σ.pth"
 
 
 @dataclass(frozen=True)

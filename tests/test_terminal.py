@@ -142,6 +142,13 @@ def test_the_verdict_comes_last_no_width_loses_a_word_and_colour_is_for_terminal
     assert "\x1b[" in typed(command, XTERM, terminal=True).stdout
 
 
+@pytest.mark.usefixtures("folder")
+def test_the_verdict_of_a_report_names_the_page() -> None:
+    place = Path(typed("report", {}, terminal=False).stdout.split()[-1])
+    assert place.name == "report.html"
+    assert place.is_file()
+
+
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
 def test_a_real_terminal_is_asked_for_its_width(folder: Path, no_color: str, coloured: bool) -> None:  # noqa: FBT001
     above, below = pty.openpty()

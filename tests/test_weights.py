@@ -173,7 +173,8 @@ def test_an_edited_tensor_is_not_the_content_its_verdict_speaks_of(file: Path, f
 def test_an_edited_header_is_not_the_content_its_verdict_speaks_of(file: Path, field: str) -> None:
     with safe_open(file, framework="pt") as opened:
         before = opened.metadata()[f"replk.{field}"]
-    rewrite(file, **{field: before.replace("0.485", "0.5") if field == "preprocessing" else f"{before}1"})
+    edited = {"preprocessing": before.replace("0.485", "0.5"), "source_sha256": "1" * 64}.get(field, f"{before}1")
+    rewrite(file, **{field: edited})
     with pytest.raises(IntegrityError, match="not those its verdict speaks of"):
         weights.read(file)
 
