@@ -408,7 +408,7 @@ def bench(
     from replk_deploy.bench import shortage
 
     if short := shortage(max_seconds):
-        render.note(short)
+        render.say(short, render.err)
     with render.bars() as progress:
         timed = pipeline.bench(
             artefact,
