@@ -1,9 +1,10 @@
 """The command line: parse, call one function of `pipeline`, render, exit."""
 
+import errno
 import signal
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,8 @@ from replk_deploy.options import (
     Weights,
 )
 from replk_deploy.precision import PRECISIONS
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class ErrorsAtTheEdge(typer.core.TyperGroup):
@@ -637,13 +640,27 @@ def selftest(*, as_json: Json = None) -> None:
     _exit(state)
 
 
-def main() -> None:
-    """Run the command line; a request to end is an interrupt, and a reader that went away no error."""
+def main() -> int:
+    """Run the command line; a request to end is an interrupt, and an output that nobody takes no bug."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(prog_name="replk")
-    except BrokenPipeError:
+        try:
+            app(prog_name="replk")
+        finally:
+            render.flush()
+    except BaseException as exc:
+        if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):  # rich and Typer exit 1
+            render.fall_silent()
+            return Exit.PIPE
+        if not isinstance(exc, OSError) or exc.errno not in FULL:
+            raise
+        problem = f"the output cannot be written: {exc.strerror}"
+        with suppress(OSError):  # stderr may be as full
+            render.error(ReplkError(problem, "make room, or name another place"))
+            render.verdict("error", f"replk: {problem}", render.err)
         render.fall_silent()
+        return Exit.USAGE
+    return Exit.OK
 
 
 @contextmanager

@@ -84,9 +84,17 @@ def bars() -> Iterator[Listener]:
         yield update
 
 
+def flush() -> None:
+    """Write what stdout still holds; on the interpreter's way out nobody could catch an error."""
+    if sys.stdout:
+        sys.stdout.flush()
+
+
 def fall_silent() -> None:
-    """Send the rest of stdout nowhere once its reader went away, or the interpreter complains on its way out."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Send the rest of the output nowhere where nobody takes it, or the interpreter complains on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 def error(problem: ReplkError) -> None:
