@@ -422,7 +422,7 @@ def bench(
     from replk_deploy.bench import shortage
 
     if short := shortage(max_seconds):
-        render.note(short)
+        render.say(short, render.err)
     with render.bars() as progress:
         timed = pipeline.bench(
             artefact,
@@ -506,7 +506,8 @@ def profile(
             allow_unverified=allow_unverified,
             progress=progress,
         )
-    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%} of it"
+    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%}"
+    last += " · unstable, see notes" if found.unstable else ""
     render.show(found, lambda: render.profile(found), last, "pass", as_json=as_json)
 
 

@@ -292,10 +292,14 @@ def profile(found: Any, *, most: int = 30) -> None:
     left = [layer for layer in found.layers if layer not in shown]
     if left:
         rest = sum(layer.ms.value for layer in left)
-        table.add_row(f"{len(left)} more", f"{rest:.3f}", f"{rest / found.whole_ms.value:.1%}", "", "", "")
+        table.add_row(f"{len(left)} more", f"{rest:.3f}", f"{rest / found.of_ms:.1%}", "", "", "")
     rest = found.unattributed_ms
-    table.add_row("in no layer", f"{rest:.3f}", f"{rest / found.whole_ms.value:.1%}", "", "", "")
-    table.add_row("[bold]whole, unwatched[/]", _quantile(found.whole_ms, 3), "100.0%", "", "", "")
+    if rest < 0:
+        table.add_row("all layers, watched", f"{found.layers_ms:.3f}", "100.0%", "", "", "")
+    else:
+        table.add_row("in no layer", f"{rest:.3f}", f"{rest / found.of_ms:.1%}", "", "", "")
+    share = "–" if rest < 0 else "100.0%"
+    table.add_row("[bold]whole, unwatched[/]", _quantile(found.whole_ms, 3), share, "", "", "")
     _print(table)
     limits = found.roofline
     say(
