@@ -64,7 +64,7 @@ def of_comparison(found: Comparison, *, require_stable: bool = False) -> tuple[C
 
 
 def of_deployment(run: Mapping[str, Any]) -> tuple[Case, ...]:
-    """Return a case for each file of a `replk.deployment` record, and one for each backend that was judged."""
+    """Return a case for each file of a `replk.deployment` record and for each backend that was judged or failed."""
     cases = []
     for step in (run["fuse"], *run["exports"]):
         verdict = step["verdict"]
@@ -74,6 +74,8 @@ def of_deployment(run: Mapping[str, Any]) -> tuple[Case, ...]:
     for name, agreement in (run["bench"] or {"agreements": {}})["agreements"].items():
         failed = agreement["state"] == "rejected"
         cases.append(Case(name=name, found=agreement["sentence"], failure=agreement["sentence"] if failed else ""))
+    lost = run["bench"]["bench"]["failures"] if run["bench"] else {}
+    cases += [Case.stopped(name, why) for name, why in lost.items()]
     if run["problem"]:
         cases.append(Case(name="deploy", found="", failure=run["problem"]))
     return tuple(cases)

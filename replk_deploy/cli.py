@@ -691,8 +691,12 @@ def _deployed(done: Any, command: str, as_json: Path | None) -> None:
             render.say(f"taken from the run as it was: {', '.join(done.reused)}")
 
     last = f"{command} {done.inspection.checkpoint.label} · {done.folder}/report.html"
-    render.show(done, words, last, done.state, as_json=as_json)
-    _exit(done.state)
+    failed = len(done.timed.bench.failures) if done.timed else 0
+    if failed:
+        last += f" · {failed} rows failed"
+    state = "error" if failed and done.state != "rejected" else done.state
+    render.show(done, words, last, state, as_json=as_json)
+    _exit(state)
 
 
 def _finish(made: Any, words: Any, what: str, as_json: Path | None) -> None:
@@ -705,3 +709,5 @@ def _finish(made: Any, words: Any, what: str, as_json: Path | None) -> None:
 def _exit(state: str) -> None:
     if state == "rejected":
         raise typer.Exit(Exit.MISMATCH)
+    if state == "error":
+        raise typer.Exit(Exit.UNAVAILABLE)

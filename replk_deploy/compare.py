@@ -36,6 +36,7 @@ GPU = (
     *("gpu_sm_mhz_set", "torch_cuda", "cudnn"),
 )
 RUNTIMES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "cuda-core")
+WANTED = "name a record of latencies: what replk bench --json FILE wrote, or results/bench.json of a run"
 SETTINGS, NO_SETTING = "env.", "env.CUDA_VISIBLE_DEVICES"  # which GPU it was, `gpu` says
 
 
@@ -266,7 +267,11 @@ def _side(sources: Source | Sequence[Source], side: str) -> list[_Record]:
     found, plain = [], []
     for source in listed:
         name = source.name if isinstance(source, Path) else side
-        raw = records.read(source, Bench.KIND, Bench.FORMAT) if isinstance(source, Path) else records.plain(source)
+        raw = (
+            records.read(source, Bench.KIND, Bench.FORMAT, remedy=WANTED)
+            if isinstance(source, Path)
+            else records.plain(source)
+        )
         if raw in plain:
             raise ReplkError(f"{name} is on one side twice", "each record must come from a process of its own")
         plain.append(raw)

@@ -50,8 +50,10 @@ def to_json(value: Any) -> str:
     return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read(path: Path, kind: str, newest: int) -> dict[str, Any]:
-    """Read a record of ours.
+def read(
+    path: Path, kind: str, newest: int, *, remedy: str = "make it again with the command that wrote it"
+) -> dict[str, Any]:
+    """Read a record of ours; `remedy` is what to do about one of another kind.
 
     Raises:
         ReplkError: there is no such file.
@@ -68,7 +70,7 @@ def read(path: Path, kind: str, newest: int) -> dict[str, Any]:
             f"{path} is not a record of replk", "make it again with the command that wrote it"
         ) from exc
     if name != f"replk.{kind}":
-        raise IntegrityError(f"{path} holds {name}, not replk.{kind}", "name the right file")
+        raise IntegrityError(f"{path} holds {name}, not replk.{kind}", remedy)
     if number > newest:
         raise IntegrityError(
             f"{path} has format {number}; this version reads up to {newest}", "pip install --upgrade replk-deploy"

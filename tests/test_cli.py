@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from replk_deploy import __version__, pipeline, proof, render
+from replk_deploy.backends.torch import Torch
 from replk_deploy.cli import _options_of, app
-from replk_deploy.errors import ContractError, Exit
+from replk_deploy.errors import ContractError, Exit, UnavailableError
 from replk_deploy.models import reparam
 from replk_deploy.models.replknet import RepLKGeometry
 from tests import networks
@@ -328,6 +329,21 @@ def test_deploy_shows_the_whole_chain() -> None:
     assert re.fullmatch(r"PASS deploy RepLKNet-test · replk-out/[\w-]+/report\.html", last(done.stdout))
     for part in ("fused.safetensors", "model.fp32.onnx", "large kernels", "latency", "taken from the run as it was"):
         assert part in done.stdout
+
+
+@pytest.mark.usefixtures("folder")
+def test_deploy_ends_as_bench_does_where_a_backend_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise UnavailableError("the device is gone", "find it")
+
+    monkeypatch.setattr(Torch, "_run", broken)
+    two = ("--backend", "ort-cpu", "--backend", "torch", "--max-seconds", "0.01")
+    done = ask("deploy", "ckpt.pth", *two, "--size", "64", "--junit", "j.xml")
+    assert done.exit_code == ask("bench", *two).exit_code == Exit.UNAVAILABLE
+    assert re.fullmatch(
+        r"ERROR deploy RepLKNet-test · replk-out/[\w-]+/report\.html · 1 rows failed", last(done.stdout)
+    )
+    assert "the device is gone" in Path("j.xml").read_text(encoding="utf-8")
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
