@@ -18,7 +18,7 @@ from replk_deploy.files import sha256
 from replk_deploy.metadata import Metadata
 from replk_deploy.models.base import Form, Network
 from replk_deploy.models.replknet import VARIANTS, RepLKNet
-from replk_deploy.models.replknet_layouts import foreign, rename
+from replk_deploy.models.replknet_layouts import foreign, prefix_of, rename
 from replk_deploy.preprocess import Preprocessing, from_args
 from replk_deploy.records import live
 
@@ -72,7 +72,7 @@ class Fit:
         return "\n".join(f"  {word} {len(names)}: {', '.join(names)}" for word, names in parts.items() if names)
 
 
-def load(path: Path, *, source: Source = "model", head: str | None = None) -> Loaded:
+def load(path: Path | str, *, source: Source = "model", head: str | None = None) -> Loaded:
     """Open a checkpoint of any known layout, or a weights file of ours.
 
     Args:
@@ -83,6 +83,7 @@ def load(path: Path, *, source: Source = "model", head: str | None = None) -> Lo
     Raises:
         CheckpointError: damaged, foreign, incomplete, unsafe to read, or with impossible values.
     """
+    path = Path(path)
     if path.suffix == ".safetensors" and path.is_file() and path.stat().st_size and (metadata := weights.header(path)):
         if source == "ema":
             raise CheckpointError(f"{path} holds no averaged weights: replk wrote it", "leave out --weights ema")
@@ -96,6 +97,13 @@ def load(path: Path, *, source: Source = "model", head: str | None = None) -> Lo
     try:
         geometry, form = RepLKNet.infer(shapes)
     except ValueError as exc:
+        if before := prefix_of(shapes):
+            found = sum(name.startswith(before) for name in shapes)
+            raise CheckpointError(
+                f"{path} holds a RepLKNet under the prefix {before!r}: {found} of its {len(shapes)} tensors",
+                "save its state dict without it: torch.save("
+                f"{{k[{len(before)}:]: v for k, v in state.items() if k.startswith({before!r})}}, 'bare.pth')",
+            ) from exc
         other = foreign(shapes)
         told = f"it is {other}" if other else str(exc)
         raise CheckpointError(

@@ -1,9 +1,10 @@
 """The command line: parse, call one function of `pipeline`, render, exit."""
 
+import errno
 import signal
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,8 @@ from replk_deploy.options import (
 )
 from replk_deploy.precision import PRECISIONS
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
 
 class ErrorsAtTheEdge(typer.core.TyperGroup):
     """Turn our errors into a message and an exit code, in one place."""
@@ -63,7 +66,9 @@ class ErrorsAtTheEdge(typer.core.TyperGroup):
                 raise  # ours, with its traceback
             render.error(said)
             word = {Exit.MISMATCH: "rejected", Exit.INCONCLUSIVE: "inconclusive"}.get(said.code, "error")
-            render.verdict(word, f"{ctx.invoked_subcommand}: {said.problem.splitlines()[0].rstrip(':')}", render.err)
+            render.verdict(
+                word, f"{ctx.invoked_subcommand or 'replk'}: {said.problem.splitlines()[0].rstrip(':')}", render.err
+            )
             raise typer.Exit(said.code) from exc
 
 
@@ -85,11 +90,20 @@ def _options_of(command: Any) -> dict[str, config.Option]:
             parameter=option.name,
             repeats=option.multiple,
             switch=option.is_flag,
+            choices=_choices_of(hints[option.name], option.metavar or ""),
             path=Path in {hints[option.name], *typing.get_args(hints[option.name])},
         )
         for option in command.params
         if option.param_type_name == "option" and option.name in hints
     }
+
+
+def _choices_of(hint: Any, metavar: str) -> tuple[str, ...]:
+    """Return the choices that a type or a metavar lists; none where the metavar names anything else."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    words = tuple(metavar.split("|"))
+    return words if len(words) > 1 and all(map(str.islower, words)) else ()
 
 
 app = typer.Typer(
@@ -408,7 +422,7 @@ def bench(
     from replk_deploy.bench import shortage
 
     if short := shortage(max_seconds):
-        render.note(short)
+        render.say(short, render.err)
     with render.bars() as progress:
         timed = pipeline.bench(
             artefact,
@@ -492,7 +506,8 @@ def profile(
             allow_unverified=allow_unverified,
             progress=progress,
         )
-    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%} of it"
+    last = f"profile {backend} b{batch} {found.whole_ms.value:.2f} ms · large kernels {found.large_share:.0%}"
+    last += " · unstable, see notes" if found.unstable else ""
     render.show(found, lambda: render.profile(found), last, "pass", as_json=as_json)
 
 
@@ -636,13 +651,27 @@ def selftest(*, as_json: Json = None) -> None:
     _exit(state)
 
 
-def main() -> None:
-    """Run the command line; a request to end is an interrupt, and a reader that went away no error."""
+def main() -> int:
+    """Run the command line; a request to end is an interrupt, and an output that nobody takes no bug."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(prog_name="replk")
-    except BrokenPipeError:
+        try:
+            app(prog_name="replk")
+        finally:
+            render.flush()
+    except BaseException as exc:
+        if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):  # rich and Typer exit 1
+            render.fall_silent()
+            return Exit.PIPE
+        if not isinstance(exc, OSError) or exc.errno not in FULL:
+            raise
+        problem = f"the output cannot be written: {exc.strerror}"
+        with suppress(OSError):  # stderr may be as full
+            render.error(ReplkError(problem, "make room, or name another place"))
+            render.verdict("error", f"replk: {problem}", render.err)
         render.fall_silent()
+        return Exit.USAGE
+    return Exit.OK
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Read on an H100 with driver 580; the tests plant a false module.
 """
 
 import hashlib
+import os
 import statistics
 import threading
 import time
@@ -48,7 +49,7 @@ class Reading:
     Attributes:
         at_ns: on the clock of the measurement.
         events: why the clocks are not higher, by the names of EVENTS.
-        others: compute processes beside ours.
+        others: compute processes beside ours; None also where ours is not among those shown.
     """
 
     at_ns: int
@@ -235,8 +236,7 @@ class _Gpu:
             power_w=_scaled(power_mw, 1e-3),
             temperature_c=self._tell("nvmlDeviceGetTemperature", CORE_SENSOR),
             events=self._events(),
-            # one of them is ours, though a container may show it under another number, or not at all
-            others=None if processes is None else max(len(processes) - 1, 0),
+            others=_others(processes),
         )
 
     def facts(self) -> dict[str, str | int | float | bool | None]:
@@ -304,6 +304,12 @@ class _UntoldError(UnavailableError):
 
 def _nvml() -> ModuleType:
     return optional.load("pynvml", package="nvidia-ml-py", install="replk-deploy[machine]")
+
+
+def _others(processes: Sequence[Any] | None) -> int | None:
+    """Count the processes beside ours; None where ours is not named: a container may show it under another number."""
+    pids = {process.pid for process in processes or ()}
+    return len(pids) - 1 if os.getpid() in pids else None
 
 
 def _current(modes: Sequence[int] | None) -> str | None:

@@ -25,12 +25,13 @@ Table = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What a command takes: the name of its parameter, whether it repeats, is a switch, or names a file."""
+    """What a command takes: the name of its parameter, its choices, and whether it repeats, is a switch, or a file."""
 
     parameter: str
     repeats: bool = False
     switch: bool = False
     path: bool = False
+    choices: tuple[str, ...] = ()
 
 
 def choices(
@@ -56,9 +57,10 @@ def choices(
     for key, value in everywhere.items():
         if key not in known:
             raise _unknown(path, key, key, {*known, *commands})
-        takers = [name for name, options in commands.items() if key in options and _fits(options[key], value)]
+        having = {name: options[key] for name, options in commands.items() if key in options}
+        takers = [name for name, option in having.items() if _fits(option, value)]
         if not takers:
-            raise _unfit(path, key, value)
+            raise _unfit(path, key, value, next(iter(having.values())))
         for name in takers:
             option = commands[name][key]
             said.setdefault(name, {})[option.parameter] = _taken(option, value, path)
@@ -72,7 +74,7 @@ def choices(
                 raise _unknown(path, f"[{name}] {key}", key, commands[name])
             option = commands[name][key]
             if not _fits(option, value):
-                raise _unfit(path, f"[{name}] {key}", value)
+                raise _unfit(path, f"[{name}] {key}", value, option)
             said.setdefault(name, {})[option.parameter] = _taken(option, value, path)
     return path, said
 
@@ -97,9 +99,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _fits(option: Option, value: Any) -> bool:
-    if isinstance(value, list):
-        return option.repeats and all(_is_plain(item) for item in value)
-    return isinstance(value, bool) if option.switch else _is_plain(value)
+    if option.switch:
+        return isinstance(value, bool)
+    if isinstance(value, list) and not option.repeats:
+        return False
+    items = value if isinstance(value, list) else [value]
+    return all(_is_plain(item) and (not option.choices or str(item) in option.choices) for item in items)
 
 
 def _is_plain(value: Any) -> bool:
@@ -121,5 +126,8 @@ def _unknown(path: Path, where: str, key: str, known: Iterable[str]) -> ReplkErr
     return ReplkError(f"{path}: nothing is called {where}", remedy)
 
 
-def _unfit(path: Path, where: str, value: Any) -> ReplkError:
-    return ReplkError(f"{path}: {where} = {value!r} is no value that it takes", "see replk COMMAND --help")
+def _unfit(path: Path, where: str, value: Any, option: Option) -> ReplkError:
+    remedy = "write true or false, without quotes" if option.switch else "see replk COMMAND --help"
+    if option.choices:
+        remedy = f"choose from {', '.join(option.choices)}"
+    return ReplkError(f"{path}: {where} = {value!r} is no value that it takes", remedy)

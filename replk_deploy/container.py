@@ -52,6 +52,10 @@ def read(path: Path, *, source: Source = "model") -> Contents:
     Raises:
         CheckpointError: missing, empty, cut short, not a checkpoint, or it names a class that is not allowed.
     """
+    if (path / "manifest.json").is_file():
+        files = sorted(str(file) for file in path.iterdir() if file.suffix in {".safetensors", ".onnx"})
+        told = f"name one of its files: {', '.join(files)}" if files else "name the checkpoint that it began from"
+        raise CheckpointError(f"{path} is a run folder, and one file is wanted", told)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file", "name a checkpoint: .pth, .pt, .pkl or .safetensors")
     with path.open("rb") as file:

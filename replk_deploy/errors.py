@@ -25,6 +25,7 @@ class Exit(IntEnum):
     INTEGRITY = 6
     INCONCLUSIVE = 7
     INTERRUPTED = 130
+    PIPE = 141
 
 
 class ReplkError(Exception):

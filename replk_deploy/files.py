@@ -20,10 +20,12 @@ def writable(folder: Path) -> None:
     """Create a folder where there is none.
 
     Raises:
-        ReplkError: it cannot be created.
+        ReplkError: it cannot be created, or nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as exc:
         raise ReplkError(
             f"{folder} cannot be written: {exc.strerror}", "name another place, or run in another folder"
@@ -50,19 +52,16 @@ def staged(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; it is gone when the block ends, unless `commit` took it.
 
     Raises:
-        ReplkError: the folder cannot be created or written.
+        ReplkError: the folder or the file cannot be written, or another file that the block opens cannot be used.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     writable(path.parent)
     try:
         part.touch()
-    except OSError as exc:
-        raise ReplkError(
-            f"{path.parent} cannot be written: {exc.strerror}", "name another place with -o, or run in another folder"
-        ) from exc
-    try:
         yield part
     except OSError as exc:  # a full disk, above all
+        if exc.filename not in {None, part, str(part)}:
+            raise ReplkError(f"{exc.filename}: {exc.strerror}", "see that it is there and may be used") from exc
         raise ReplkError(f"{path} cannot be written: {exc.strerror or exc}", "name another place") from exc
     finally:
         part.unlink(missing_ok=True)

@@ -6,18 +6,20 @@ under `replk.<name>`.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from replk_deploy import __version__
 from replk_deploy.models.base import Form
-from replk_deploy.precision import Precision
+from replk_deploy.precision import PRECISIONS, Precision
 from replk_deploy.preprocess import Preprocessing
 
 State = Literal["pass", "rejected", "provisional", "unverified"]
 PREFIX = "replk."
+SIDE = 10**5  # pixels; --size takes five digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class Metadata:
                 found["verdict"] = Verdict(**json.loads(found["verdict"]))
             made = cls(**{k: v for k, v in found.items() if k in {f.name for f in dataclasses.fields(cls)}})
             wrong = _wrong(made)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as exc:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError, json.JSONDecodeError) as exc:
             raise ValueError(f"its replk header is damaged: {exc}") from exc
         if wrong:
             raise ValueError(f"its replk header is damaged: {', '.join(wrong)}")
@@ -94,9 +96,29 @@ class Metadata:
 
 def _wrong(made: Metadata) -> list[str]:
     """Name the fields that hold what nothing of ours writes there; names of files and lines of CI are made of them."""
+    rules, verdict = made.preprocessing, made.verdict
     sound = {
+        "form": made.form in get_args(Form),
         "label": made.label.isprintable(),
+        "precision": made.precision in PRECISIONS,
         "source_sha256": re.fullmatch("[0-9a-f]{64}", made.source_sha256),
         "selected": re.fullmatch(r"[\w-]*", made.selected),
+        "size": _numbers(rules.size, 2) and all(isinstance(side, int) and 0 < side < SIDE for side in rules.size),
+        "mean": _numbers(rules.mean, 3),
+        "std": _numbers(rules.std, 3) and all(value > 0 for value in rules.std),
+        "resize": rules.resize in {"warp", "crop"},
+        "crop_pct": _numbers((rules.crop_pct,), 1) and rules.crop_pct > 0,
+        "verdict": verdict is None
+        or (
+            verdict.state in get_args(State)
+            and isinstance(verdict.worst, int | float | None)
+            and all(isinstance(text, str) for text in (verdict.content, verdict.reference, verdict.why))
+        ),
     }
     return [name for name, holds in sound.items() if not holds]
+
+
+def _numbers(found: Any, count: int) -> bool:
+    """Tell whether a header holds so many finite numbers."""
+    whole = isinstance(found, tuple) and len(found) == count
+    return whole and all(isinstance(v, int | float) and math.isfinite(v) for v in found)

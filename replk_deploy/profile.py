@@ -5,6 +5,7 @@ the layers leave of it is a line of its own, and the sum closes. Times of a runt
 network by name: a node of ours carries the name of the module that it came from.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from replk_deploy.sites import Site, owners
 REPEATS = 20
 WARM_UPS = 3
 SLACK = 0.05  # share of the whole that layers may exceed it by, or leave of it, without a word
+OVERDONE = 1.5  # times the whole above which no layer can be told from what watching it costs
 DECIDES = 0.3  # share from which the large kernels are what to work on
 FAR = 3.0  # times the attainable from which another form of a layer promises more than another device
 
@@ -36,7 +38,7 @@ class Layer:
         samples_ms: one value a repetition.
         sites: what it computes, each counted in one row only; empty where that is not known.
         attainable_ms: below which this device cannot be expected to come; None without sites.
-        whole_ms: of the inference.
+        of_ms: what its share is of.
     """
 
     DERIVED: ClassVar[tuple[str, ...]] = ("ms", "share", "large", "macs", "inside_macs", "ratio")
@@ -48,7 +50,7 @@ class Layer:
     sites: tuple[Site, ...]
     moved_bytes: int | None
     attainable_ms: float | None
-    whole_ms: float = live()
+    of_ms: float = live()
 
     @property
     def ms(self) -> Quantile:
@@ -57,8 +59,8 @@ class Layer:
 
     @property
     def share(self) -> float:
-        """Give the share of the whole inference."""
-        return self.ms.value / self.whole_ms
+        """Give the share of the whole inference, or of all layers where watching made them the larger sum."""
+        return self.ms.value / self.of_ms
 
     @property
     def large(self) -> bool:
@@ -97,7 +99,7 @@ class Profile:
     FORMAT: ClassVar[int] = 1
     DERIVED: ClassVar[tuple[str, ...]] = (
         *("whole_ms", "watched_ms", "layers_ms", "unattributed_ms"),
-        *("large_ms", "large_share", "large_ratio", "sentence", "doubts"),
+        *("large_ms", "large_share", "large_ratio", "sentence", "unstable", "doubts"),
     )
 
     environment: Mapping[str, machine.Fact]
@@ -129,6 +131,11 @@ class Profile:
         return sum(layer.ms.value for layer in self.layers)
 
     @property
+    def of_ms(self) -> float:
+        """Give what shares are of: the whole, or the sum of the layers where watching made that larger."""
+        return max(self.whole_ms.value, self.layers_ms)
+
+    @property
     def unattributed_ms(self) -> float:
         """Give what the layers leave of the whole; negative where watching them cost more than that."""
         return self.whole_ms.value - self.layers_ms
@@ -140,8 +147,8 @@ class Profile:
 
     @property
     def large_share(self) -> float:
-        """Give the share of the large depthwise kernels in the whole."""
-        return self.large_ms / self.whole_ms.value
+        """Give the share of the large depthwise kernels in the whole, or in all layers where they are more."""
+        return self.large_ms / self.of_ms
 
     @property
     def large_ratio(self) -> float | None:
@@ -159,13 +166,25 @@ class Profile:
                 "it is not known which layers are large depthwise kernels" if hidden else "no large depthwise kernel"
             )
             return f"{known}; {self._rest}"
-        found = f"large depthwise kernels: {self.large_ms:.3g} of {self.whole_ms.value:.3g} ms, {self.large_share:.0%}"
+        found = f"large depthwise kernels: {self.large_ms:.3g} of {self.of_ms:.3g} ms, {self.large_share:.0%}"
         times = f"{ratio:.2g}x what this device could do"
         if self.large_share < DECIDES:
             return f"{found}, {times}: the rest decides; {self._rest}"
         if ratio < FAR:
             return f"{found}, {times}: little is left in them; a lower precision or another device is"
         return f"{found}, {times}: their form decides; compare runtimes first: replk bench --backend B"
+
+    @property
+    def unstable(self) -> bool:
+        """Tell whether the numbers show the machine rather than the network; `doubts` say by what."""
+        whole, watched = self.whole_ms.value, self.watched_ms.value
+        moved = max(self._sides) - min(self._sides)
+        return watched > OVERDONE * whole or max(watched - self.layers_ms, moved) > SLACK * whole
+
+    @property
+    def _sides(self) -> tuple[float, float]:
+        """Give the whole before and after the layers."""
+        return quantile(self.before_ms, 0.5).value, quantile(self.after_ms, 0.5).value
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -189,7 +208,7 @@ class Profile:
                 f"the layers of one inference take {watched:.3g} ms, their medians add up to {self.layers_ms:.3g}:"
                 " something interrupts now this layer, now that one. Quiet the machine"
             )
-        sides = quantile(self.before_ms, 0.5).value, quantile(self.after_ms, 0.5).value
+        sides = self._sides
         if max(sides) - min(sides) > SLACK * whole:
             found.append(
                 f"the whole took {sides[0]:.3g} ms before and {sides[1]:.3g} ms after the layers: is the machine"
@@ -248,6 +267,8 @@ def profile(
     progress("profile", 3, 3)
     whole_ms = quantile((*before, *after), 0.5).value
     layers = tuple(_rows(times, sites, roofline, repeats, whole_ms))
+    of_ms = max(whole_ms, sum(layer.ms.value for layer in layers))
+    layers = tuple(dataclasses.replace(layer, of_ms=of_ms) for layer in layers)
     counted = {site.name for layer in layers for site in layer.sites}
     return Profile(
         environment=machine.environment(),
@@ -302,5 +323,5 @@ def _rows(
             sites=own,
             moved_bytes=moved if own else None,
             attainable_ms=roofline.attainable_ms(moved_bytes=moved, macs=macs) if own else None,
-            whole_ms=whole_ms,
+            of_ms=whole_ms,
         )

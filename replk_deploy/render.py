@@ -84,9 +84,17 @@ def bars() -> Iterator[Listener]:
         yield update
 
 
+def flush() -> None:
+    """Write what stdout still holds; on the interpreter's way out nobody could catch an error."""
+    if sys.stdout:
+        sys.stdout.flush()
+
+
 def fall_silent() -> None:
-    """Send the rest of stdout nowhere once its reader went away, or the interpreter complains on its way out."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Send the rest of the output nowhere where nobody takes it, or the interpreter complains on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 def error(problem: ReplkError) -> None:
@@ -287,10 +295,14 @@ def profile(found: Any, *, most: int = 30) -> None:
     left = [layer for layer in found.layers if layer not in shown]
     if left:
         rest = sum(layer.ms.value for layer in left)
-        table.add_row(f"{len(left)} more", f"{rest:.3f}", f"{rest / found.whole_ms.value:.1%}", "", "", "")
+        table.add_row(f"{len(left)} more", f"{rest:.3f}", f"{rest / found.of_ms:.1%}", "", "", "")
     rest = found.unattributed_ms
-    table.add_row("in no layer", f"{rest:.3f}", f"{rest / found.whole_ms.value:.1%}", "", "", "")
-    table.add_row("[bold]whole, unwatched[/]", _quantile(found.whole_ms, 3), "100.0%", "", "", "")
+    if rest < 0:
+        table.add_row("all layers, watched", f"{found.layers_ms:.3f}", "100.0%", "", "", "")
+    else:
+        table.add_row("in no layer", f"{rest:.3f}", f"{rest / found.of_ms:.1%}", "", "", "")
+    share = "–" if rest < 0 else "100.0%"
+    table.add_row("[bold]whole, unwatched[/]", _quantile(found.whole_ms, 3), share, "", "", "")
     _print(table)
     limits = found.roofline
     say(

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from replk_deploy.errors import CheckpointError, IntegrityError
 from replk_deploy.metadata import Metadata
 from replk_deploy.models import FAMILIES
-from replk_deploy.models.base import Form, Network
+from replk_deploy.models.base import Network
 from replk_deploy.precision import TOLERANCES
 
 AGAIN = "copy or export it again"
@@ -81,8 +80,6 @@ def described(path: Path) -> tuple[Network, Metadata]:
     metadata = header(path)
     if metadata is None or metadata.family not in FAMILIES:
         raise CheckpointError(f"{path} was not written by replk", f"see what it holds: replk inspect {path}")
-    if metadata.precision not in TOLERANCES or metadata.form not in get_args(Form):
-        raise CheckpointError(f"{path} has a damaged header: {metadata.form}, {metadata.precision}", AGAIN)
     family = FAMILIES[metadata.family]
     try:
         model = family.empty(family.parse(metadata.geometry), metadata.form)

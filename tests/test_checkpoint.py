@@ -453,6 +453,25 @@ def test_arguments_that_agree_raise_no_doubt(checkpoint_file: Path) -> None:
     assert set(loaded.ignored) == {"optimizer", "epoch", "scaler", "args"}
 
 
+@pytest.mark.parametrize("before", ["net.", "trainer.model.net."])
+def test_a_prefix_that_is_not_known_is_named_with_the_line_that_strips_it(before: str, trained, tmp_path: Path) -> None:
+    whole = {f"{before}{name}": tensor for name, tensor in state(trained).items()} | {"loss.weight": torch.ones(3)}
+    torch.save({"state_dict": whole}, tmp_path / "x.pth")
+    found = refused(tmp_path / "x.pth")
+    assert f"under the prefix {before!r}: {len(whole) - 1} of its {len(whole)} tensors" in found.problem
+    code = found.remedy.partition(": ")[2].replace("'bare.pth'", "path")
+    eval(code, {"torch": torch, "state": whole, "path": tmp_path / "bare.pth"})  # noqa: S307  # our own words
+    alike(load(str(tmp_path / "bare.pth")).model, trained)
+
+
+def test_a_run_folder_is_told_with_the_files_in_it(tmp_path: Path) -> None:
+    for name in ("manifest.json", "fused.safetensors", "model.fp32.onnx", "report.md"):
+        (tmp_path / name).touch()
+    found = refused(tmp_path)
+    assert found.problem == f"{tmp_path} is a run folder, and one file is wanted"
+    assert found.remedy.endswith(f": {tmp_path}/fused.safetensors, {tmp_path}/model.fp32.onnx")
+
+
 def test_a_name_that_is_no_line_of_text_is_no_label(trained, tmp_path: Path) -> None:
     path = networks.save_as_trained(trained, tmp_path / "x.pth", model="a\n::error::b")
     assert load(path).label == trained.geometry.label

@@ -124,14 +124,23 @@ def test_help_waits_for_no_runtime() -> None:
         assert done.stdout.strip()
 
 
-def test_a_reader_that_leaves_early_sees_no_traceback(typed: tuple[Path, list]) -> None:
-    command = f"{sys.executable} {HERE / 'cli.py'} inspect ckpt.pth | head -n 1"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=typed[0], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.stdout.startswith("RepLKNet-test")
-    assert "Traceback" not in done.stderr
-    assert "BrokenPipe" not in done.stderr
+@pytest.mark.parametrize(
+    "line", [("inspect", "ckpt.pth"), ("inspect", "ckpt.pth", "--json", "-"), ("--help",), ("--version",)], ids=" ".join
+)
+def test_an_output_that_nobody_takes_is_told_by_the_exit_code(typed: tuple[Path, list], line: tuple[str, ...]) -> None:
+    reader, gone = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for place, code, words in ((gone, Exit.PIPE, ""), (full, Exit.USAGE, "No space left on device")):
+        done = subprocess.run(
+            [sys.executable, HERE / "cli.py", *line],
+            cwd=typed[0], stdout=place, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        os.close(place)
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr
+        assert not re.search("Traceback|Broken|ignored", done.stderr)
+        assert code == Exit.PIPE or last(done.stderr).startswith("ERROR replk: the output cannot be written")
 
 
 @pytest.mark.parametrize("target", ["ckpt.pth", "out", "report.txt"])

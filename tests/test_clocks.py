@@ -1,6 +1,7 @@
 """Clocks through a false NVML: what is read, what is missing, what is lost, and what a measurement makes of it."""
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +18,10 @@ from tests.test_bench import FakeClock, Queued, entrant
 
 NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND, GPU_IS_LOST = 3, 4, 13, 15
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
+
+
+def processes(*pids: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(pid=pid) for pid in pids]
 
 
 class NVMLError(Exception):
@@ -60,7 +65,7 @@ class FakeNvml(ModuleType):
             "nvmlDeviceGetPowerUsage": 345_678,
             "nvmlDeviceGetTemperature": lambda _, sensor: {0: 61}[sensor],
             "nvmlDeviceGetCurrentClocksEventReasons": 0x4 | 0x40,
-            "nvmlDeviceGetComputeRunningProcesses": ["ours", "theirs"],
+            "nvmlDeviceGetComputeRunningProcesses": processes(os.getpid(), 1),
         }
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -256,9 +261,10 @@ def test_facts_that_are_not_told_are_none(nvml: FakeNvml) -> None:
     assert set(clocks.facts().values()) == {None}
 
 
-def test_one_process_is_ours_even_where_it_is_not_shown(nvml: FakeNvml) -> None:
-    for shown, others in ([], 0), (["ours"], 0), (["ours", "a", "b"], 2):
-        nvml.answers["nvmlDeviceGetComputeRunningProcesses"] = shown
+def test_others_are_counted_only_where_ours_is_shown_among_them(nvml: FakeNvml) -> None:
+    ours = os.getpid()
+    for shown, others in ((), None), ((ours,), 0), ((1, ours, 2), 2), ((1,), None), ((1, 2), None):
+        nvml.answers["nvmlDeviceGetComputeRunningProcesses"] = processes(*shown)
         assert look(nvml).others == others
 
 

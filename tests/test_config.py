@@ -14,11 +14,11 @@ from replk_deploy.errors import Exit, ReplkError
 COMMANDS = {
     "bench": {
         "backend": Option(parameter="backend", repeats=True),
-        "precision": Option(parameter="precision"),
+        "precision": Option(parameter="precision", choices=("fp32", "fp16", "bf16")),
         "cold-l2": Option(parameter="cold_l2", switch=True),
     },
     "deploy": {
-        "precision": Option(parameter="precision", repeats=True),
+        "precision": Option(parameter="precision", repeats=True, choices=("fp32", "fp16", "bf16")),
         "data": Option(parameter="data", path=True),
     },
 }
@@ -64,8 +64,12 @@ def test_the_file_is_found_above_up_to_the_repository_and_shares_pyproject(tmp_p
         ("[bench]\nbackends = ['torch']", r"nothing is called \[bench\] backends", "did you mean backend?"),
         ("[bensh]\nbackend = ['torch']", r"nothing is called \[bensh\]", "did you mean bench?"),
         ("[bench]\ndata = 'val'", r"nothing is called \[bench\] data", "replk COMMAND --help"),
-        ("[bench]\nprecision = ['fp16']", r"\[bench\] precision = \['fp16'\] is no value", "replk COMMAND --help"),
-        ("cold-l2 = 1", "cold-l2 = 1 is no value", "replk COMMAND --help"),
+        ("[bench]\nprecision = ['fp16']", r"\[bench\] precision = \['fp16'\] is no value", "choose from fp32"),
+        ("cold-l2 = 1", "cold-l2 = 1 is no value", "write true or false"),
+        ("cold-l2 = 'yes'", "cold-l2 = 'yes' is no value", "write true or false"),
+        ("[bench]\ncold-l2 = [true]", r"\[bench\] cold-l2 = \[True\] is no value", "write true or false"),
+        ("precision = 'fp8'", "precision = 'fp8' is no value", "choose from fp32, fp16, bf16"),
+        ("[deploy]\nprecision = ['fp32', 'fp8']", r"\[deploy\] precision = .* is no value", "choose from fp32"),
         ("[bench]\nbackend = true", r"\[bench\] backend = True is no value", "replk COMMAND --help"),
         ("precision = ", "cannot be read", "mend it"),
         ("\x00", "cannot be read", "mend it"),
@@ -85,6 +89,22 @@ def test_every_option_of_every_command_can_be_written_there() -> None:
         options = cli._options_of(command)
         assert {option.parameter for option in options.values()} == parameters, name
         assert all(key == key.lstrip("-") for key in options)
+
+
+def test_a_choice_is_known_whichever_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = {
+        "precision": "fp8", "layout": "nhcw", "device": "tpu", "weights": "best", "cuda-graph": "yes"
+    }  # fmt: skip
+    for key, value in wrong.items():
+        (tmp_path / config.FILE).write_text(f'{key} = "{value}"\n')
+        done = CliRunner().invoke(cli.app, ["inspect", "missing.pth"])
+        assert done.exit_code == Exit.USAGE
+        assert f"{config.FILE}: {key} = '{value}' is no value that it takes" in done.stderr
+        assert "fix   choose from " in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("ERROR replk: "), "no command was asked yet"
+    (tmp_path / config.FILE).write_text('size = "64x96"\nmax-seconds = 3\nlower = ["none", "auto"]\nbatch = "1:8"\n')
+    assert "missing.pth is not a file" in CliRunner().invoke(cli.app, ["inspect", "missing.pth"]).stderr
 
 
 def test_the_command_line_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

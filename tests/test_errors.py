@@ -25,6 +25,7 @@ def test_the_exit_codes_are_the_published_ones() -> None:
         "INTEGRITY": 6,
         "INCONCLUSIVE": 7,
         "INTERRUPTED": 130,
+        "PIPE": 141,
     }
 
 

@@ -86,12 +86,27 @@ def test_a_folder_that_is_a_file_is_refused_with_a_way_out(tmp_path: Path) -> No
 
 
 def test_a_folder_without_the_right_to_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(_path: Path, *_args: object, **_kwargs: object) -> None:
+    def forbidden(**_kwargs: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "touch", forbidden)  # chmod does not stop root
+    monkeypatch.setattr(files, "TemporaryFile", forbidden)  # chmod does not stop root
+    with pytest.raises(ReplkError, match=f"{tmp_path} cannot be written: Permission denied") as caught:
+        files.writable(tmp_path)
+    assert "-o" not in caught.value.remedy, "not every command has it"
     with pytest.raises(ReplkError, match="Permission denied"), files.staged(tmp_path / "x"):
         raise AssertionError("the block must not run")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_another_file_that_cannot_be_used_is_the_one_that_is_named(tmp_path: Path, error: type[OSError]) -> None:
+    source = str(tmp_path / "source.onnx")
+    with pytest.raises(ReplkError, match=f"^{source}: why ") as caught, files.staged(tmp_path / "x"):
+        raise error(1, "why", source)
+    assert "cannot be written" not in caught.value.problem
+    for place in (tmp_path / ".x.part", None):
+        with pytest.raises(ReplkError, match="x cannot be written: full "), files.staged(tmp_path / "x") as part:
+            raise OSError(errno.ENOSPC, "full", place and str(part))
+    assert left_in(tmp_path) == []
 
 
 def test_a_name_taken_by_a_folder_is_refused_and_nothing_is_left(tmp_path: Path) -> None:

@@ -152,12 +152,13 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         graph.load(tmp_path / "missing.onnx")
 
 
-@pytest.mark.parametrize("value", ["{", "[]", '{"size": 3}', "null"])
+@pytest.mark.parametrize("value", ["{", "[]", '{"size": 3}', "null", "fp99"])
 def test_a_damaged_header_is_refused(file: Path, value: str) -> None:
     graph.seal(file, METADATA)
 
     def damage(model: onnx.ModelProto) -> None:
-        next(p for p in model.metadata_props if p.key == "replk.preprocessing").value = value
+        key = "replk.precision" if value == "fp99" else "replk.preprocessing"
+        next(p for p in model.metadata_props if p.key == key).value = value
 
     with pytest.raises(ReplkError, match="its replk header is damaged"):
         graph.header(edited(file, damage))

@@ -278,6 +278,13 @@ def test_a_file_of_somebody_else_is_judged_by_what_it_was(in_empty_folder: Path)
 
 
 @pytest.mark.usefixtures("in_empty_folder")
+@pytest.mark.parametrize("form", ["auto", "none", "dense"])
+def test_a_file_without_weights_has_nothing_to_lower(form: str) -> None:
+    foreign(Path("f.onnx"), onnx.helper.make_node("Relu", ["x"], ["y"]))
+    assert last(ask("lower", "f.onnx", "--lower", form).stdout).startswith("UNVERIFIED lower nothing · f.onnx")
+
+
+@pytest.mark.usefixtures("in_empty_folder")
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_file_of_somebody_else_may_take_other_than_three_channels(channels: int) -> None:
     shape, w = ("n", channels, 9, 10), (channels, 1, 13, 13)

@@ -135,3 +135,46 @@ def test_a_field_that_does_not_parse_is_damage(name: str, text: str) -> None:
 def test_a_field_that_could_name_a_path_or_a_command_is_damage(name: str, text: str) -> None:
     with pytest.raises(ValueError, match=f"header is damaged: {name}"):
         Metadata.from_strings(example().to_strings() | {f"replk.{name}": text})
+
+
+RULES = {
+    "size": (
+        [64],
+        [64, 64, 64],
+        [0, 64],
+        [-1, 64],
+        [64.5, 64],
+        ["64", "64"],
+        [10**5, 64],
+        64,
+        "64",
+        None,
+        [True],
+    ),
+    "mean": ([0.5], [0.5, 0.5, "x"], [0.5, 0.5, float("nan")], 0.5, None),
+    "std": ([0.5, 0.5, 0], [0.5, 0.5, -1], [0.5, 0.5, float("inf")], [None] * 3),
+    "resize": ("stretch", 1, [], {}),
+    "crop_pct": (0, -1, "x", None, float("inf")),
+}
+VERDICT = {"state": ("good", 1, None, []), "worst": ("x", []), "content": (1, None), "why": (None,)}
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [("precision", "fp99"), ("form", "melted")]
+    + [("preprocessing", {name: value}) for name, values in RULES.items() for value in values]
+    + [("verdict", {name: value}) for name, values in VERDICT.items() for value in values],
+    ids=str,
+)
+def test_a_value_of_another_kind_is_damage(field: str, changes: str | dict[str, object]) -> None:
+    strings = example().to_strings()
+    text = changes if isinstance(changes, str) else json.dumps(json.loads(strings[f"replk.{field}"]) | changes)
+    with pytest.raises(ValueError, match="header is damaged: "):
+        Metadata.from_strings(strings | {f"replk.{field}": text})
+
+
+def test_a_header_without_end_is_damage() -> None:
+    strings = example().to_strings()
+    for text in ("[" * 10**5, strings["replk.preprocessing"].replace("0.875", "9" * 400)):
+        with pytest.raises(ValueError, match="header is damaged"):
+            Metadata.from_strings(strings | {"replk.preprocessing": text})

@@ -51,7 +51,7 @@ def test_the_precision_is_asked_for(files: Files, precision: str, hint: str, mon
     hints = [choices.pop("INFERENCE_PRECISION_HINT") for _, choices in asked]
     assert hints in ([hint], [hint, "f32"]), "float32 only where the processor would take bf16 for fp16"
     assert computes_in in {hints[-1], "f32"}
-    assert all(told == ("CPU", {"PERFORMANCE_HINT": "LATENCY"}) for told in asked)
+    assert all(told == ("CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1}) for told in asked)
 
 
 @pytest.mark.parametrize(("precision", "in_force"), [("fp32", "bf16"), ("fp32", "f16"), ("fp16", "bf16")])

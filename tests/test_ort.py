@@ -13,13 +13,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from replk_deploy import backends, bench, machine, optional
 from replk_deploy.backends import ort, ort_kernels
 from replk_deploy.backends.base import Settings
 from replk_deploy.backends.ort_kernels import Kernel
-from replk_deploy.errors import ContractError, ReplkError, UnavailableError
+from replk_deploy.errors import ContractError, MismatchError, ReplkError, UnavailableError
 from tests import artefacts, false_gpu
 from tests.artefacts import ODD, SIZE, Files, graph, images
 from tests.false_gpu import FalseGpu
@@ -59,6 +59,18 @@ def test_a_graph_that_is_no_image_network_is_refused(proto: onnx.ModelProto, tmp
     onnx.save(proto, path)
     with pytest.raises(ReplkError, match="does not map one batch of images"):
         backends.find("ort-cpu")(path)
+
+
+def test_one_number_for_a_whole_batch_is_no_answer(tmp_path: Path) -> None:
+    model = graph({"x": (TensorProto.FLOAT, ["n", 3, 8, 8])})
+    model.graph.node.append(helper.make_node("ReduceMean", ["out"], ["y"], keepdims=0))
+    model.graph.output[0].name = "y"
+    onnx.save(model, tmp_path / "scalar.onnx")
+    with (
+        backends.find("ort-cpu")(tmp_path / "scalar.onnx") as found,
+        pytest.raises(MismatchError, match="promised one row an image"),
+    ):
+        found.run(np.ones((1, 3, 8, 8), np.float32))
 
 
 def test_there_is_no_bf16_on_the_processor(files: Files) -> None:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replk_deploy import checkpoint, files, graph, pipeline, proof, sources, weights
+from replk_deploy import checkpoint, files, graph, pipeline, proof, records, sources, weights
 from replk_deploy import export as exporting
 from replk_deploy import fuse as fusing
 from replk_deploy.backends import BACKENDS, cuda, find
@@ -154,6 +154,13 @@ def test_fuse_to_a_path_writes_that_file_alone_and_it_computes_the_same(
     assert (made.verdict.state, made.verdict.content) == ("pass", weights.judged_hash(model, made.metadata))
     assert made.verdict.reference == metadata.source_sha256
     assert 0 < made.verdict.worst < 1
+
+
+def test_a_path_may_be_text(tmp_path: Path, ckpt: Path) -> None:
+    assert records.plain(pipeline.inspect(str(ckpt))) == records.plain(pipeline.inspect(ckpt))
+    out = str(tmp_path / "fused.safetensors")
+    assert pipeline.fuse(str(ckpt), output=out, prove=False).file == Path(out)
+    assert pipeline.verify(str(ckpt), out).state == "pass"
 
 
 def test_fuse_into_a_run_is_entered_and_becomes_the_latest(finished: tuple[Path, Path], ckpt: Path) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from replk_deploy import backends, machine, profile, records, sites, weights
+from replk_deploy import backends, machine, profile, records, render, sites, weights
 from replk_deploy.backends.base import Array, Backend, LayerTime, TensorSpec
 from replk_deploy.batch import DYNAMIC
 from replk_deploy.errors import ContractError, ReplkError, UnavailableError
@@ -158,6 +158,34 @@ def test_the_gpus_own_clock_is_taken_where_there_is_one() -> None:
     roofline = Roofline(**{f: getattr(BEST, f) for f in Roofline.__slots__} | {"device": "cuda"})
     found = made(gpu=96.0, roofline=roofline)
     assert (found.clock, found.whole_ms.value, found.unattributed_ms) == ("device", 96.0, 1.0)
+
+
+def test_no_share_is_above_a_whole_though_watching_slows_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    found = made({"a": 30.0, "big": 150.0, "head": 120.0})
+    assert (found.unattributed_ms, found.large_share) == (-200.0, 0.5)
+    assert [layer.share for layer in found.layers] == pytest.approx([0.1, 0.5, 0.4])
+    assert found.sentence.startswith("large depthwise kernels: 150 of 300 ms, 50%")
+    assert found.unstable
+    render.profile(found)
+    shown = capsys.readouterr().out
+    assert "all layers, watched" in shown
+    assert "in no layer" not in shown
+
+
+@pytest.mark.parametrize(
+    ("layers", "lasts", "unstable"),
+    [
+        (TIMES, lambda _run: 100.0, False),
+        ({"big": 149.0}, lambda _run: 100.0, False),
+        ({"big": 151.0}, lambda _run: 100.0, True),
+        (TIMES, lambda run: 100.0 if run < 10 else 120.0, True),
+        ({"a": (60.0, 20.0, 20.0) * 2, "big": (20.0, 60.0, 20.0) * 2, "head": (20.0, 20.0, 60.0) * 2}, None, True),
+    ],
+)
+def test_numbers_that_show_the_machine_are_called_unstable(
+    layers: Mapping[str, Sequence[float] | float], lasts: Callable[[int], float] | None, *, unstable: bool
+) -> None:
+    assert made(layers, lasts=lasts or (lambda _run: 100.0), repeats=6).unstable == unstable
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ class Backend(abc.ABC):
         """
         self.check(images)
         answer = {name: np.array(out, dtype=np.float32) for name, out in self._run(images).items()}
-        if tuple(answer) != self.outputs or any(len(out) != len(images) for out in answer.values()):
+        if tuple(answer) != self.outputs or any(out.shape[:1] != images.shape[:1] for out in answer.values()):
             shapes = {name: out.shape for name, out in answer.items()}
             raise MismatchError(
                 f"{self.name} answers {shapes} to {images.shape}, and promised one row an image of {self.outputs}",

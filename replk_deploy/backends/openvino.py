@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
+import torch
 
 from replk_deploy import optional
 from replk_deploy.backends import ports
@@ -24,7 +25,7 @@ from replk_deploy.precision import Precision
 DEVICE = "CPU"
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8"}
 HINT = {"fp32": "f32", "tf32": "f32", "fp16": "f16"}  # of a file → the least precise type to compute in
-PRECISION = "INFERENCE_PRECISION_HINT"
+PRECISION, THREADS = "INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS"
 NOISE = ("Exception from ", "Check '", "FrontEnd API failed")  # lines that say where in OpenVINO, not what
 CAUSE = "-- "  # before the lines of a summary
 IN_PLACE = {"Reorder", "Reshape", "Squeeze", "Unsqueeze"}  # often views: some runs were seen to report none
@@ -57,7 +58,7 @@ class OpenVino(Backend):
         }
 
     def __init__(self, artefact: Path, settings: Settings = DEFAULT) -> None:
-        """Open an ONNX file for low latency: one stream on all cores.
+        """Open an ONNX file for low latency: one stream, with as many threads as PyTorch has.
 
         Raises:
             ReplkError: not a whole ONNX file, or not a network from one image batch to floating outputs.
@@ -84,11 +85,12 @@ class OpenVino(Backend):
                 break
         else:
             raise UnavailableError(f"OpenVINO computes {artefact} in {in_force}, though told f32", "use ort-cpu")
-        names = {"threads": "INFERENCE_NUM_THREADS", "streams": "NUM_STREAMS", "hint": "PERFORMANCE_HINT"}
+        names = {"threads": THREADS, "streams": "NUM_STREAMS", "hint": "PERFORMANCE_HINT"}
         self.facts = facts | {"computes_in": in_force} | {k: _text(self._compiled, v) for k, v in names.items()}
 
     def _compile(self, model: Any, **more: Any) -> Any:
-        choices = {"PERFORMANCE_HINT": "LATENCY", PRECISION: self._hint, **more}
+        threads = torch.get_num_threads()
+        choices = {"PERFORMANCE_HINT": "LATENCY", PRECISION: self._hint, THREADS: threads, **more}
         with _told(f"cannot compile {self._artefact}"):
             return _openvino().Core().compile_model(model, DEVICE, choices)
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 import onnx
+import torch
 
 from replk_deploy import optional
 from replk_deploy.backends import ports
@@ -96,19 +97,17 @@ class OrtCpu(OrtRuntime):
         return {"onnxruntime": onnxruntime().__version__, "device": "cpu", "provider": cls.provider}
 
     def __init__(self, artefact: Path, settings: Settings = DEFAULT) -> None:
-        """Open an ONNX file with one thread per core, as ONNX Runtime does by default.
+        """Open an ONNX file with as many threads as PyTorch has, so that latencies of both compare.
 
         Raises:
             ReplkError: not a whole ONNX file, or not a network from one image batch to floating outputs.
             UnavailableError: the file needs an operator or a type that has no CPU kernel.
         """
         del settings  # it honours none
-        facts = dict(self.probe())
-        options = session_options(onnxruntime())
+        options = _cpu_options(onnxruntime())
         self._artefact = artefact
         self._start(artefact, options, [self.provider])
-        threads = {"intra_op_threads": options.intra_op_num_threads, "inter_op_threads": options.inter_op_num_threads}
-        self.facts = facts | {name: str(count or "one per core") for name, count in threads.items()}
+        self.facts = {**self.probe(), "threads": str(options.intra_op_num_threads)}
 
     def _not_offered(self, precision: Precision, artefact: Path) -> UnavailableError:
         return UnavailableError(f"ONNX Runtime has no CPU kernels for {precision}: {artefact}", NO_BF16)
@@ -136,7 +135,7 @@ class OrtCpu(OrtRuntime):
         self.check(images)
         ort, feed = onnxruntime(), {self.input.name: self._cast(images)}
         with tempfile.TemporaryDirectory() as folder:
-            options = session_options(ort)
+            options = _cpu_options(ort)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder, "profile"))
             session = session_of(ort, self._artefact, options, [self.provider])
@@ -180,6 +179,12 @@ def session_options(ort: ModuleType) -> Any:
     """Return options of a session that prints no warnings."""
     options = ort.SessionOptions()
     options.log_severity_level = SEVERITY_ERROR
+    return options
+
+
+def _cpu_options(ort: ModuleType) -> Any:
+    options = session_options(ort)
+    options.intra_op_num_threads = torch.get_num_threads()
     return options
 
 

@@ -83,6 +83,12 @@ def foreign(shapes: Shapes) -> str | None:
     return next((f for f, pattern in FOREIGN.items() if any(re.search(pattern, k) for k in shapes)), None)
 
 
+def prefix_of(shapes: Shapes) -> str:
+    """Return what stands before the names of RepLKNet's blocks where something does; else nothing."""
+    block = r"(.+?\.)stages\.\d+\.blocks\.\d+\.(large_kernel|prelkb_bn|preffn_bn|pw1|pw2)\."
+    return next((m[1] for k in shapes if (m := re.match(block, k))), "")
+
+
 def _from_mm(tensors: Tensors) -> Tensors:
     renamed = _unique((k.removeprefix("backbone."), v) for k, v in tensors.items())
     if not any(k.startswith("head.fc.") for k in renamed):

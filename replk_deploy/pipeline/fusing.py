@@ -41,9 +41,9 @@ class Fused:
 
 
 def fuse(
-    path: Path,
+    path: Path | str,
     *,
-    output: Path | None = None,
+    output: Path | str | None = None,
     level: Level = "full",
     source: Source = "model",
     head: str | None = None,
@@ -53,6 +53,7 @@ def fuse(
     progress: Progress = silent,
 ) -> Fused:
     """Fuse a checkpoint into a proved weights file, in a run or at `output`."""
+    output = Path(output) if output else None
     loaded = checkpoint.load(path, source=source, head=head)
     run = None if output else Workspace(root / sources.run_name(loaded))
     return fuse_loaded(loaded, run, output=output, level=level, size=size, prove=prove, progress=progress)

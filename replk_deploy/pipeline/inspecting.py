@@ -9,7 +9,7 @@ from replk_deploy.inspect import Inspection
 
 
 def inspect(
-    path: Path, *, source: Source = "model", head: str | None = None, size: sources.Size | None = None
+    path: Path | str, *, source: Source = "model", head: str | None = None, size: sources.Size | None = None
 ) -> Inspection:
     """Say what a checkpoint is and what it costs."""
     return inspection.inspect(checkpoint.load(path, source=source, head=head), size=size)

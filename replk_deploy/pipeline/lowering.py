@@ -372,7 +372,7 @@ def plan(
         return Plan(form=form, runtime=kind.name, batch=batch, forms=forms, source="", decisions=())
     model = Model(costs.calibrations(root), kind.name, device, precision)
     if kind.takes == "onnx":
-        max_growth = min(max_growth, LIMIT_BYTES / weight_bytes)
+        max_growth = min(max_growth, LIMIT_BYTES / max(weight_bytes, 1))
     decisions = costs.decide(
         sites, model, batch=batch, precision=precision, weight_bytes=weight_bytes, max_growth=max_growth
     )
@@ -391,7 +391,7 @@ def _demand_growth(
 ) -> None:
     itemsize = TOLERANCES[precision].torch_dtype.itemsize
     added = sum(costs.added_elements(site, forms[site.name]) for site in sites)
-    growth = 1 + added * itemsize / weight_bytes
+    growth = 1 + added * itemsize / max(weight_bytes, 1)
     if growth > max_growth:
         raise ReplkError(
             f"the weights would be {growth:.1f} times as large, and {max_growth:g} are allowed",

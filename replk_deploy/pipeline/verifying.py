@@ -15,8 +15,8 @@ ENGINES = {".plan", ".pt2"}
 
 
 def verify(
-    reference: Path,
-    candidate: Path,
+    reference: Path | str,
+    candidate: Path | str,
     *,
     source: Source = "model",
     head: str | None = None,
@@ -29,6 +29,7 @@ def verify(
         ReplkError: a file cannot be taken, or both are engines.
         IntegrityError: an engine is not what its sidecar says, or was built for something else.
     """
+    reference, candidate = Path(reference), Path(candidate)
     if _rank(reference) > _rank(candidate):
         reference, candidate = candidate, reference  # the question is symmetric, and only weights have a float64 answer
     if size and _rank(candidate):
