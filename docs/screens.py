@@ -20,7 +20,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "figures" / "screens"
-COLUMNS = 92
+COLUMNS = 96
 RUN = "replk-out/replknet-digits-cd3cf957"
 TIMED = "--backend ort-cpu --backend openvino --batch 1 --batch 8 --max-seconds 15"
 SCREENS = {
@@ -32,7 +32,7 @@ SCREENS = {
     "build": "--backend aoti",
     "bench": TIMED,
     "compare": f"before.json {RUN}/results/bench.json",
-    "profile": "--backend torch",
+    "profile": "--backend ort-cpu",
     "erf": "digits.pth --data digits-test.npz",
     "deploy": "digits.pth --data digits-test.npz --backend ort-cpu --max-seconds 15",
     "report": "",

@@ -686,7 +686,7 @@ def _told(suite: str, about: Path, junit: Path | None, *, github: bool) -> Itera
             files.write_text(junit, ci.junit(suite, cases))
         if github:
             for line in ci.annotations(suite, cases, about=about, workspace=machine.workspace()):
-                render.note(line)
+                render.note(line, whole=True)
         if summary:
             ci.append(summary, ci.summary(suite, cases))
 

@@ -103,9 +103,12 @@ def error(problem: ReplkError) -> None:
     err.print(f"[green]fix[/]   {escape(problem.remedy)}", soft_wrap=True)
 
 
-def note(text: str) -> None:
-    """Say something beside the result, on stderr."""
-    err.print(escape(text), soft_wrap=True)
+def note(text: str, *, whole: bool = False) -> None:
+    """Say something beside the result, on stderr; `whole` in one line, however wide a terminal is."""
+    if whole:
+        err.print(escape(text), soft_wrap=True)
+    else:
+        say(escape(text), err)
 
 
 def advice(found: Any) -> None:

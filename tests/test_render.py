@@ -90,6 +90,13 @@ def test_a_refusal_can_be_copied_in_one_piece(width: int, capsys) -> None:
     assert said.err == f"error {NASTY} is empty\nfix   {remedy}\n"
 
 
+@pytest.mark.parametrize(("whole", "lines"), [(False, 2), (True, 1)])
+def test_a_note_is_broken_for_a_reader_and_an_annotation_is_not(whole: bool, lines: int, monkeypatch, capsys) -> None:  # noqa: FBT001
+    monkeypatch.setattr(render, "err", render.console({"COLUMNS": "60", "TERM": "xterm"}, stderr=True, terminal=True))
+    render.note("::error title=fuse::" + "a word " * 10, whole=whole)
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_elsewhere_than_on_a_terminal_each_step_is_one_line(capsys) -> None:
     with render.bars() as progress:
         for done in range(50):
