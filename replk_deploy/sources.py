@@ -109,9 +109,8 @@ def vouched(path: Path, *, allow_unverified: bool) -> Metadata | None:
     verdict = metadata.verdict if metadata else None
     if verdict is None or verdict.state != "pass":
         state = f"is {verdict.state}" if verdict else "has no verdict"
-        raise IntegrityError(
-            f"{path} {state}", "make it again without --no-verify, or time it all the same with --allow-unverified"
-        )
+        ours = "make it again without --no-verify, or" if metadata else "judge it with replk verify, and"
+        raise IntegrityError(f"{path} {state}", f"{ours} time it all the same with --allow-unverified")
     if path.suffix == ".onnx" and graph.content_hash(path) != verdict.content:
         raise IntegrityError(
             f"{path} is not the file that its verdict speaks of", "export it again: replk export --onnx"
