@@ -152,10 +152,11 @@ def prove_fusion(
     progress("prove fusion", 0, 4)
     fused_twin, fused = fuse(twin, level=level).model, fuse(trained, level=level).model
     modules = {
-        name: max(_alone(m, fused_twin.get_submodule(name)), _alone(trained.get_submodule(name), part))
+        name: max(
+            _alone(a.get_submodule(name), b.get_submodule(name)) for a, b in ((twin, fused_twin), (trained, fused))
+        )
         for name, m in twin.named_modules()
         if isinstance(m, Reparam)
-        for part in [fused.get_submodule(name)]
     }
     progress("prove fusion", 1, 4)
     special, natural = verify.special(small), verify.normal(size)
@@ -590,6 +591,11 @@ def _alone(block: nn.Module, fused: nn.Module) -> float:
     return worst
 
 
+def _told(names: Sequence[str], what: str) -> tuple[str, ...]:
+    """Say of how many something is true, the first three by name; nothing where there is none."""
+    return (f"{len(names)} {what}: {', '.join(names[:3])}",) if names else ()
+
+
 def _misrounded(exact: Network, stored: Network) -> tuple[str, ...]:
     """Name the tensors that are not the exact ones rounded once, or twice by way of float32."""
     wrong = []
@@ -601,7 +607,7 @@ def _misrounded(exact: Network, stored: Network) -> tuple[str, ...]:
         step = torch.finfo(rounded.dtype).eps * value.abs() + torch.finfo(rounded.dtype).smallest_normal
         if not ((rounded.double() - value).abs() <= step).all():
             wrong.append(name)
-    return (f"{len(wrong)} tensors are not the fused ones, rounded: {', '.join(wrong[:3])}",) if wrong else ()
+    return _told(wrong, "tensors are not the fused ones, rounded")
 
 
 def _spacing(precision: Precision) -> float:
@@ -625,7 +631,7 @@ def _strayed(exact: Network, held: Mapping[str, Tensor], precision: Precision) -
         size = want.norm(dim=1)
         if not ((got - want).norm(dim=1) <= allowed * size.clamp(min=float(size.square().mean().sqrt()))).all():
             wrong.append(name)
-    return (f"{len(wrong)} tensors are not those of the reference: {', '.join(wrong[:3])}",) if wrong else ()
+    return _told(wrong, "tensors are not those of the reference")
 
 
 def _not_held(path: Path, folded: Network, precision: Precision) -> tuple[str, ...]:
@@ -635,7 +641,7 @@ def _not_held(path: Path, folded: Network, precision: Precision) -> tuple[str, .
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         if (tuple(tensor.shape), hashlib.sha256(data).digest()) not in held:
             lost.append(name)
-    return (f"{len(lost)} tensors are not the fused ones, rounded: {', '.join(lost[:3])}",) if lost else ()
+    return _told(lost, "tensors are not the fused ones, rounded")
 
 
 def _structure(trained: Network, stored: Network, level: Level) -> tuple[str, ...]:
