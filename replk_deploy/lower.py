@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from replk_deploy import graph
-from replk_deploy.errors import ReplkError
+from replk_deploy.errors import ReplkError, first_line
 from replk_deploy.export import LIMIT_BYTES
 from replk_deploy.lowerings import LOWERINGS, NONE, modules
 from replk_deploy.lowerings.base import LARGE, Candidate, LargeConv, constant_of, name_apart
@@ -102,6 +102,17 @@ def find(path: Path, *, lenient: bool = False) -> tuple[LargeConv, ...]:
     return () if lenient and any(c.map is None for c in able) else tuple(map(_sized, able))
 
 
+def kept(path: Path) -> Lowered:
+    """Say why the convolutions of an ONNX file in which nothing can be lowered stay as they are.
+
+    Raises:
+        ReplkError: not a whole ONNX file.
+    """
+    model = _open(path)
+    sites, size = tuple(_decide(candidate, None) for _, candidate in _candidates(model)), _weights(model.graph)
+    return Lowered(sites=sites, chains=0, bytes_before=size, bytes_after=size)
+
+
 def weight_bytes(path: Path) -> int:
     """Count the bytes of all weights of an ONNX file.
 
@@ -145,7 +156,7 @@ def lower_graph(path: Path, out: Path, choose: Choose | None = None, *, channel_
     if jobs:
         ShapeInferencePass(check_type=False, strict_mode=False)(model)
         ir.save(model, out)
-        onnx.checker.check_model(out, full_check=True)
+        _check(path, out)
     else:
         onnx.save(graph.load(path), out)
     return Lowered(sites=tuple(s for _, _, s in found), chains=merged, bytes_before=before, bytes_after=after)
@@ -218,6 +229,17 @@ def _open(path: Path) -> ir.Model:
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     name_apart(model.graph)
     return model
+
+
+def _check(path: Path, out: Path) -> None:
+    """Raise ReplkError for what the ONNX checker finds in a lowered file."""
+    try:
+        onnx.checker.check_model(out, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        raise ReplkError(
+            f"{path} makes no valid ONNX file when it is lowered: {first_line(exc)}",
+            "see what onnx.checker.check_model(path, full_check=True) says of it; bfloat16 convolutions need opset 22",
+        ) from exc
 
 
 def _candidates(model: ir.Model) -> Iterator[tuple[ir.Node, Candidate]]:

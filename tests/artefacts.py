@@ -176,6 +176,7 @@ def graph(inputs: Mapping[str, tuple[int, list[object]]], output: int = TensorPr
 
 ODD = {
     "two inputs": graph({"x": (TensorProto.FLOAT, ["n", 3, 8, 8]), "y": (TensorProto.FLOAT, [1])}),
+    "no image": graph({"x": (TensorProto.FLOAT, [0, 3, 8, 8])}),
     "rank 3": graph({"x": (TensorProto.FLOAT, ["n", 3, 8])}),
     "integers": graph({"x": (TensorProto.INT64, ["n", 3, 8, 8])}),
     "integers out": graph({"x": (TensorProto.FLOAT, ["n", 3, 8, 8])}, output=TensorProto.INT64),

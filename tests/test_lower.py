@@ -537,6 +537,17 @@ def test_an_old_opset_is_a_reason(tmp_path: Path) -> None:
     assert site.reason == "the file is of opset 12, and the rewrites need 13"
 
 
+def test_what_the_onnx_checker_does_not_take_is_said(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "f.onnx", conv("x", "y", name="c"), w=(4, 1, 13, 13), dtype=TensorProto.BFLOAT16)
+    model = onnx.load(path)
+    (w,) = model.graph.initializer
+    w.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(w).astype(ml_dtypes.bfloat16), "w"))
+    onnx.save(model, path)
+    with pytest.raises(ReplkError, match=r"f\.onnx makes no valid ONNX file when it is lowered: .*bfloat16") as caught:
+        lower.lower_graph(path, tmp_path / "out.onnx", all_of("grouped"))
+    assert "bfloat16 convolutions need opset 22" in caught.value.remedy
+
+
 @pytest.mark.parametrize("shape", [("n", 4, "h", 10), ("n", 4, 9, "w"), ("n", 4, "h", "w"), ("n", 4, None, 10)])
 def test_an_unknown_map_is_an_error_where_something_is_asked_for(shape: tuple[object, ...], tmp_path: Path) -> None:
     path, out = tmp_path / "f.onnx", tmp_path / "out.onnx"

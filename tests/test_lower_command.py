@@ -285,6 +285,17 @@ def test_a_file_without_weights_has_nothing_to_lower(form: str) -> None:
 
 
 @pytest.mark.usefixtures("in_empty_folder")
+def test_what_keeps_all_convolutions_as_they_are_is_said() -> None:
+    foreign(Path("f.onnx"), conv("x", "y", name="c"), w=(4, 1, 13, 13), opset=11)
+    done = ask("lower", "f.onnx", "--lower", "grouped", "--json", "out.json")
+    assert last(done.stdout).startswith("UNVERIFIED lower nothing · f.onnx")
+    assert "no large convolution" not in done.stdout
+    (site,) = json.loads(Path("out.json").read_text())["lowered"]["sites"]
+    assert site["reason"] == "the file is of opset 11, and the rewrites need 13"
+    assert all(word in done.stdout for word in site["reason"].split())
+
+
+@pytest.mark.usefixtures("in_empty_folder")
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_file_of_somebody_else_may_take_other_than_three_channels(channels: int) -> None:
     shape, w = ("n", channels, 9, 10), (channels, 1, 13, 13)

@@ -28,10 +28,11 @@ def of(artefact: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpe
     """Return the ports of a network of images; `said` is the precision in the file's metadata.
 
     Raises:
-        ReplkError: not one input of four dimensions, floating or bytes, or an output that is not floating.
+        ReplkError: not one input of four dimensions, none 0, floating or bytes, or an output that is not floating.
     """
     takes = {*TYPES, "uint8"}
     images = len(inputs) == 1 and len(inputs[0].shape) == RANK and inputs[0].dtype in takes
+    images = images and 0 not in inputs[0].shape
     if not images or not outputs or not {port.dtype for port in outputs} <= TYPES.keys():
         ports = ", ".join(f"{p.name} {p.dtype} {list(p.shape)}" for p in inputs) or "none"
         raise ReplkError(

@@ -154,8 +154,9 @@ def _copy(source: Path, made: Plan, output: Path | None) -> LoweredFile:
             shutil.copyfile(source, part)
             files.commit(part, output)
     verdict = said.verdict if said and said.verdict else publish.judged(None, graph.content_hash(source), "")
-    nothing = Lowered(sites=(), chains=0, bytes_before=0, bytes_after=0)
-    return LoweredFile(plan=made, lowered=nothing, errors={}, proof=None, verdict=verdict, file=output or source)
+    return LoweredFile(
+        plan=made, lowered=lowering.kept(source), errors={}, proof=None, verdict=verdict, file=output or source
+    )
 
 
 def export_lowered(
