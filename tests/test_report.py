@@ -339,9 +339,9 @@ def bad(case: ET.Element) -> bool:
 
 
 def test_what_ends_a_deployment_early_is_in_its_report(deployed: Path, run: Path, tmp_path: Path) -> None:
-    for kind in range(TINY.classes):
-        (tmp_path / "pictures" / str(kind)).mkdir(parents=True)
-        (tmp_path / "pictures" / str(kind) / "a.png").write_text("no picture")
+    for name in map(str, range(TINY.classes)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "a.png").write_text("no picture")
     with pytest.raises(ReplkError, match="is not a picture") as stopped:
         pipeline.deploy(
             deployed.parent.parent / "best.pth", root=run.parent, backends=("ort-cpu",), data=tmp_path / "pictures"
