@@ -1,5 +1,6 @@
 """Our kernels without a GPU: they compile for every architecture, and all around them is right on a CPU."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -221,6 +222,50 @@ def test_on_a_cpu_it_is_the_convolution(dtype: torch.dtype, activation: str) -> 
     assert float((got - wrong).norm() / whole.norm()) > 0.01, "a bias that is left out shows"
 
 
+def test_a_kernel_gets_filter_and_bias_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Tensor, Tensor | None]] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(nvrtc, "limits", lambda: H100)
+    monkeypatch.setattr(tuning, "fastest", lambda _work, ways, _start: ways[0])
+    monkeypatch.setattr(nvrtc, "start", lambda _, _said, _x, w, b, *_rest, **_grid: started.append((w, b)))
+    x, weight, bias = values(X, WEIGHT, BIAS)
+    for shift in (torch.stack([bias, bias + 9], 1)[:, 0], bias[:1].expand(3)):
+        op._on_gpu(x, weight.mT, shift, "none")
+        filters, shifts = started.pop()
+        assert torch.equal(filters, weight.mT)
+        assert torch.equal(shifts, shift)
+        assert filters.is_contiguous()
+        assert shifts.is_contiguous()
+    op._on_gpu(x, weight, None, "none")
+    assert started.pop()[1] is None
+
+
+SWITCHES = {  # of PyTorch, in a process of its own: once set, the newer ones cannot be unset
+    "pass": True,
+    "b.cudnn.allow_tf32 = False": False,
+    "b.cudnn.allow_tf32 = False; b.cudnn.allow_tf32 = True": True,
+    "b.fp32_precision = 'ieee'": False,
+    "b.cudnn.fp32_precision = 'tf32'": True,
+    "b.cudnn.conv.fp32_precision = 'ieee'": False,
+    "b.cudnn.allow_tf32 = False; b.fp32_precision = 'tf32'": True,
+}
+
+
+def test_pytorch_s_word_on_tf32_is_understood_whichever_switch_said_it() -> None:
+    program = f"""
+import os, torch
+from replk_deploy.kernels import op
+b = torch.backends
+for words, expected in {SWITCHES!r}.items():
+    if not (child := os.fork()):
+        exec(words)
+        os._exit(op._may_be_tf32() != expected)
+    assert not os.waitpid(child, 0)[1], words
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("how", test_kernels_gpu.HOW)
 @pytest.mark.parametrize("dims", [(3, 4, 10, 12), (2, 1, 5, 1)])
 def test_the_fake_kernel_knows_how_the_answer_lies(how: str, dims: tuple[int, int, int, int]) -> None:
@@ -401,7 +446,7 @@ def test_the_products_are_right_in_triton_s_interpreter_and_planted_bugs_are_see
         command, capture_output=True, text=True, check=False, env=os.environ | {"TRITON_INTERPRET": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("right, and 6 bugs seen")
+    assert done.stdout.startswith("right, and 7 bugs seen")
 
 
 RULES = Preprocessing(size=(64, 64), mean=IMAGENET[0], std=IMAGENET[1], resize="crop", crop_pct=None, said_by="user")
