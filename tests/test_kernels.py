@@ -204,6 +204,9 @@ def test_a_number_beyond_32_bits_never_reaches_a_kernel() -> None:
     with pytest.raises(ReplkError, match=r"2147483648 elements apart.*smaller batch"):
         nvrtc.start("direct", (), torch.empty(1), 2**31, grid=(1, 1, 1), threads=1)
     assert nvrtc._argument(2**31 - 1).value == 2**31 - 1
+    for grid in ((1, 65536, 1), (1, 1, 65536)):
+        with pytest.raises(ReplkError, match=r"needs 65536 blocks.*takes 65535.*smaller batch"):
+            nvrtc.start("direct", (), torch.empty(1), 1, grid=grid, threads=1)
 
 
 def values(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -292,6 +295,14 @@ def test_it_is_compiled_and_exported_whole() -> None:
     torch.testing.assert_close(exported.module()(x[:3]), expected[:3])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_under_autocast_it_takes_the_place_of_a_convolution(dtype: torch.dtype) -> None:
+    conv = nn.Conv2d(3, 3, 7, padding=3, groups=3)
+    (x,) = values((2, 3, 9, 9), dtype=dtype)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(LargeDepthwiseConv2d.of(conv)(x), conv(x))
+
+
 def test_no_image_and_no_row_give_none() -> None:
     x, weight, bias = values(X, WEIGHT, BIAS)
     for empty in (x[:0], x[:, :, :0], x[..., :0]):
@@ -341,6 +352,8 @@ def test_other_types_and_activations_are_refused() -> None:
         nn.Conv2d(4, 4, 7, padding=6, dilation=2, groups=4),
         nn.Conv2d(4, 4, (7, 9), padding=(3, 4), groups=4),
         nn.Conv2d(4, 4, 7, padding=3, groups=4, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.Conv2d(4, 4, 8, padding="same", groups=4),
     ],
     ids=str,
 )
@@ -559,7 +572,7 @@ def test_nobody_s_answers_are_lost(timer: Timer, monkeypatch: pytest.MonkeyPatch
     timer.ms = {"slow": 2.0, "fast": 1.0}
     tuning.fastest("mine", ["slow", "fast"], timer.timed.append)
     timer.forget(monkeypatch)
-    tuning.know({"a file's": "fast"})
+    tuning.know({"a file's": "fast", "mine": "slow"})
     timer.timed.clear()
     assert tuning.fastest("mine", ["slow", "fast"], timer.timed.append) == "fast"
     assert timer.timed == [], "what the cache holds is known beside what a file says"

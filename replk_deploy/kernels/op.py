@@ -69,18 +69,26 @@ class LargeDepthwiseConv2d(nn.Module):
         """Take over the weights of a convolution.
 
         Raises:
-            ReplkError: it is not depthwise, or has a stride, dilation or other padding.
+            ReplkError: it is not depthwise, has a stride, dilation or other padding, or a kernel that is not in SIZES.
         """
         size = conv.kernel_size[0]
         told = (conv.stride, conv.dilation, conv.padding_mode, conv.groups, conv.out_channels, conv.kernel_size)
         wanted = ((1, 1), (1, 1), "zeros", conv.in_channels, conv.in_channels, (size, size))
-        if told != wanted or conv.padding not in {"same", (size // 2, size // 2)}:
-            raise ReplkError(f"{conv} is no depthwise convolution of stride 1 and 'same' padding", "leave it as it is")
+        if told != wanted or size not in SIZES or conv.padding not in {"same", (size // 2, size // 2)}:
+            raise ReplkError(
+                f"{conv} is no depthwise convolution of stride 1, 'same' padding and an odd kernel from 7 to 31",
+                "leave it as it is",
+            )
         return cls(conv.weight, conv.bias, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] to the same shape."""
-        return large_depthwise_conv2d(x, self.weight, self.bias, self.activation)
+        """Map [N, C, H, W] to the same shape; under autocast in its type, as a convolution does."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return large_depthwise_conv2d(x, weight, bias, self.activation)
 
 
 def _demand(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
