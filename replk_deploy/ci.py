@@ -11,9 +11,11 @@ from typing import Any, Self
 from xml.etree import ElementTree as ET
 
 from replk_deploy.compare import Comparison
-from replk_deploy.errors import ReplkError
+from replk_deploy.errors import Exit, ReplkError
+from replk_deploy.metadata import State
 from replk_deploy.proof import Proof
 
+COUNTS = ("tests", "failures", "errors", "skipped")
 NOTHING = "nothing was compared"
 UNENDED = "it has not ended: it is still at work, or it was killed, which a lack of memory may do"
 
@@ -22,8 +24,9 @@ UNENDED = "it has not ended: it is still at work, or it was killed, which a lack
 class Case:
     """One comparison: what was found, in words, and why it failed; empty when it passed.
 
-    An `error` is a failure that is no answer, because something stopped the question. The `file` is the one that it
-    speaks of, where that is not what the command was asked about.
+    An `error` is a failure that is no answer, because something stopped the question. A `doubt` says why it vouches for
+    nothing, though it did not fail. The `file` is the one that it speaks of, where that is not what the command was
+    asked about.
     """
 
     name: str
@@ -31,21 +34,25 @@ class Case:
     failure: str = ""
     error: bool = False
     file: str = ""
+    doubt: str = ""
 
     @classmethod
     def stopped(cls, name: str, why: str) -> Self:
         """Return the case of a question that has no answer."""
         return cls(name=name, found="", failure=why, error=True)
 
+    @classmethod
+    def judged(cls, name: str, state: State, said: str, file: str = "") -> Self:
+        """Return the case of a verdict."""
+        why = said or state
+        bad, doubt = why * (state == "rejected"), why * (state in {"provisional", "unverified"})
+        return cls(name=name, found=said, failure=bad, doubt=doubt, file=file)
+
 
 def of_proof(proof: Proof) -> tuple[Case, ...]:
     """Return a case for each comparison of a proof, and one for the proof itself."""
-    parts = [
-        Case(name=f"{a.name}, {a.precision}", found=a.sentence, failure="" if a.passed else a.sentence)
-        for a in proof.agreements
-    ]
-    wrong = proof.sentence if proof.state == "rejected" else ""
-    return (*parts, Case(name=proof.edge, found=proof.sentence, failure=wrong))
+    parts = [Case.judged(f"{a.name}, {a.precision}", a.state, a.sentence) for a in proof.agreements]
+    return (*parts, Case.judged(proof.edge, proof.state, proof.sentence))
 
 
 def of_comparison(found: Comparison, *, require_stable: bool = False) -> tuple[Case, ...]:
@@ -69,16 +76,21 @@ def of_deployment(run: Mapping[str, Any]) -> tuple[Case, ...]:
     for step in (run["fuse"], *run["exports"]):
         verdict = step["verdict"]
         said = f"{verdict['state']}: {verdict['why']}".removesuffix(": ")
-        bad = said if verdict["state"] == "rejected" else ""
-        cases.append(Case(name=step["file"].rsplit("/", 1)[-1], found=said, failure=bad, file=step["file"]))
+        cases.append(Case.judged(step["file"].rsplit("/", 1)[-1], verdict["state"], said, step["file"]))
     for name, agreement in (run["bench"] or {"agreements": {}})["agreements"].items():
-        failed = agreement["state"] == "rejected"
-        cases.append(Case(name=name, found=agreement["sentence"], failure=agreement["sentence"] if failed else ""))
+        cases.append(Case.judged(name, agreement["state"], agreement["sentence"]))
     lost = run["bench"]["bench"]["failures"] if run["bench"] else {}
     cases += [Case.stopped(name, why) for name, why in lost.items()]
     if run["problem"]:
-        cases.append(Case(name="deploy", found="", failure=run["problem"]))
+        cases.append(ended("deploy", run["problem"], run["code"]))
     return tuple(cases)
+
+
+def ended(name: str, problem: str, code: int) -> Case:
+    """Return the case of what ended a deployment early, or of why nothing was timed."""
+    if code == Exit.MISMATCH:
+        return Case(name=name, found="", failure=problem)
+    return Case.stopped(name, problem) if code else Case(name=name, found="", doubt=problem)
 
 
 def junit(suite: str, cases: Sequence[Case]) -> str:
@@ -86,13 +98,16 @@ def junit(suite: str, cases: Sequence[Case]) -> str:
     cases = cases or (Case(name=suite, found="", failure=NOTHING),)
     errors = sum(case.error for case in cases)
     failures = sum(bool(case.failure) for case in cases) - errors
-    counts = {"tests": str(len(cases)), "failures": str(failures), "errors": str(errors)}
+    skipped = sum(bool(case.doubt) for case in cases)
+    counts = {name: str(n) for name, n in zip(COUNTS, (len(cases), failures, errors, skipped), strict=True)}
     root = ET.Element("testsuites", counts)
     inside = ET.SubElement(root, "testsuite", counts, name=suite)
     for case in cases:
         found = ET.SubElement(inside, "testcase", classname=f"replk.{suite}", name=_text(case.name))
         if case.failure:
             ET.SubElement(found, "error" if case.error else "failure", message=_text(case.failure))
+        elif case.doubt:
+            ET.SubElement(found, "skipped", message=_text(case.doubt))
         if case.found:
             ET.SubElement(found, "system-out").text = _text(case.found)
     ET.indent(root)
@@ -100,7 +115,7 @@ def junit(suite: str, cases: Sequence[Case]) -> str:
 
 
 def annotations(suite: str, cases: Sequence[Case], *, about: Path, workspace: Path) -> Iterator[str]:
-    """Yield a workflow command of GitHub for each failed case, or one notice that none failed.
+    """Yield a workflow command of GitHub for each case that failed or vouches for nothing, else one notice.
 
     Args:
         suite: the command.
@@ -108,7 +123,11 @@ def annotations(suite: str, cases: Sequence[Case], *, about: Path, workspace: Pa
         about: the file that it was asked about.
         workspace: from where GitHub names files.
     """
-    told = [("error", f": {case.name}", Path(case.file or about), case.failure) for case in cases if case.failure]
+    told = [
+        ("error" if case.failure else "warning", f": {case.name}", Path(case.file or about), case.failure or case.doubt)
+        for case in cases
+        if case.failure or case.doubt
+    ]
     passed = ("notice", "", about, f"{len(cases)} comparisons passed")
     for word, name, file, text in told or [passed if cases else ("error", "", about, NOTHING)]:
         place, title = _property(_place(file, workspace)), _property(f"replk {suite}{name}")
@@ -118,12 +137,18 @@ def annotations(suite: str, cases: Sequence[Case], *, about: Path, workspace: Pa
 def summary(suite: str, cases: Sequence[Case]) -> str:
     """Write the table that GitHub shows on the page of a run."""
     failed = sum(bool(case.failure) for case in cases)
-    word = f"{failed} of {len(cases)} failed" if failed else f"{len(cases)} passed" if cases else NOTHING
+    doubted = sum(bool(case.doubt) for case in cases)
+    passed = f"{len(cases) - doubted} passed" + f", {doubted} not proved" * bool(doubted)
+    word = f"{failed} of {len(cases)} failed" if failed else passed if cases else NOTHING
     rows = "".join(
-        f"| {_cell(case.name)} | {'**failed**' if case.failure else 'passed'} | {_cell(case.failure or case.found)} |\n"
+        f"| {_cell(case.name)} | {_outcome(case)} | {_cell(case.failure or case.doubt or case.found)} |\n"
         for case in cases
     )
     return f"### replk {suite}: {word}\n\n| | | |\n| --- | --- | --- |\n{rows}\n"
+
+
+def _outcome(case: Case) -> str:
+    return "**failed**" if case.failure else "not proved" if case.doubt else "passed"
 
 
 def append(summary: Path, text: str) -> None:

@@ -551,7 +551,8 @@ def erf(
         )
     half = next(s for s in found.fields[-1].squares if s.share == 0.5)  # noqa: PLR2004  # of the paper's shares
     last = f"erf {found.label}: half of it in {half.area:.1%} of the image, trained and fused {found.apart:.1e} apart"
-    render.show(found, lambda: render.receptive(found), last, "pass", as_json=as_json)
+    render.show(found, lambda: render.receptive(found), last, found.state, as_json=as_json)
+    _exit(found.state)
 
 
 @app.command()
@@ -579,7 +580,7 @@ def report(
         render.document(forms.as_json(found))
         console = render.err
     render.verdict(found.state, f"report {', '.join(run.name for run in found.runs)} · {', '.join(places)}", console)
-    _exit(found.state)
+    raise typer.Exit(found.code)
 
 
 @app.command()

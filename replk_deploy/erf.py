@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from replk_deploy.errors import ReplkError
+from replk_deploy.metadata import State
 from replk_deploy.models.base import Network
 from replk_deploy.progress import Progress, silent
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # t of the paper
+APART = 1e-4  # beyond it the fusion is wrong, see `state_of`
 CELLS = 56  # a picture in a report shows no more a side
 Map = npt.NDArray[np.float64]
 
@@ -56,6 +58,7 @@ class Receptive:
 
     KIND: ClassVar[str] = "erf"
     FORMAT: ClassVar[int] = 1
+    DERIVED: ClassVar[tuple[str, ...]] = ("state",)
 
     label: str
     sha256: str
@@ -64,6 +67,16 @@ class Receptive:
     size: tuple[int, int]
     fields: tuple[Field, ...]
     apart: float
+
+    @property
+    def state(self) -> State:
+        """Tell whether the two maps are one."""
+        return state_of(self.apart)
+
+
+def state_of(apart: float | str) -> State:
+    """Judge the distance of two maps: float32 rounds them 3e-7 apart, a wrong kernel moves them by up to 0.5."""
+    return "pass" if float(apart) <= APART else "rejected"
 
 
 def erf(

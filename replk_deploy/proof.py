@@ -702,7 +702,7 @@ def demand_signal(agreement: Agreement) -> None:
         raise InconclusiveError(
             f"{agreement.name}: answers to two images differ by {agreement.signal:.1e} only, of {least:.1e} needed:"
             " the proof would be blind",
-            "is the head of this checkpoint trained? replk inspect names what was never updated",
+            "name weights whose head is trained",
         )
 
 

@@ -10,7 +10,7 @@ from replk_deploy import files, weights
 from replk_deploy.errors import MismatchError
 from replk_deploy.metadata import Metadata, Verdict
 from replk_deploy.models.base import Network
-from replk_deploy.proof import Proof
+from replk_deploy.proof import Proof, demand_signal
 from replk_deploy.workspace import Workspace
 
 
@@ -37,6 +37,19 @@ def proved(edge: str, prove: Callable[[], Proof]) -> Proof:
         return prove()
     except MismatchError as exc:
         return Proof(edge=edge, agreements=(), modules={}, structure=(f"{exc.problem}: {exc.remedy}",), bisection=None)
+
+
+def seen(edge: str, prove: Callable[[], Proof]) -> Proof:
+    """Run a proof that rests on its answers alone, and let nothing pass by a comparison that could not have failed.
+
+    Raises:
+        InconclusiveError: the reference answers all images nearly alike.
+    """
+    proof = proved(edge, prove)
+    if proof.state != "rejected":
+        for agreement in proof.agreements:
+            demand_signal(agreement)
+    return proof
 
 
 def judged(proof: Proof | None, content: str, reference: str) -> Verdict:

@@ -23,16 +23,16 @@ def assert_equivalent(
     weights: Source = "model",
     size: tuple[int, int] | None = None,
 ) -> Proof:
-    """Judge one file by another as `replk verify` does; AssertionError in its words when they differ.
+    """Judge one file by another as `replk verify` does; AssertionError in its words unless they pass.
 
     Args:
         reference: checkpoint, fused weights, ONNX file or engine.
-        candidate: likewise; one of the two has a float64 answer, or the proof that is returned is provisional.
+        candidate: likewise; one of the two must have a float64 answer, or nothing is proved.
         weights: which weights of a training checkpoint, model or ema.
         size: height and width, where both are weights.
 
     Raises:
-        AssertionError: they do not compute the same.
+        AssertionError: they do not compute the same, or nothing proves that they do.
         ReplkError: a file cannot be taken.
     """
     try:
@@ -41,4 +41,6 @@ def assert_equivalent(
         raise AssertionError(str(exc)) from exc
     if proof.state == "rejected":
         raise AssertionError(f"{candidate} does not compute what {reference} does: {proof.sentence}")
+    if proof.state != "pass":
+        raise AssertionError(f"nothing proves that {candidate} computes what {reference} does: {proof.sentence}")
     return proof

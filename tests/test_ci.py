@@ -32,7 +32,10 @@ from tests.test_compare import record, row
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = st.text(max_size=60)
 CASES = st.lists(
-    st.builds(Case, name=TEXT, found=TEXT, failure=TEXT) | st.builds(Case.stopped, TEXT, TEXT.filter(bool)), max_size=4
+    st.builds(Case, name=TEXT, found=TEXT, failure=TEXT)
+    | st.builds(Case, name=TEXT, found=TEXT, doubt=TEXT)
+    | st.builds(Case.stopped, TEXT, TEXT.filter(bool)),
+    max_size=4,
 )
 
 
@@ -55,7 +58,7 @@ def suite(path: Path) -> tuple[dict[str, str], list[str]]:
 
 def annotation(line: str) -> tuple[str, ...]:
     """Read a workflow command: its word, file, title and message."""
-    found = re.fullmatch(r"::(error|notice) file=([^:,\r\n]*),title=([^:,\r\n]*)::([^\r\n]*)", line)
+    found = re.fullmatch(r"::(error|warning|notice) file=([^:,\r\n]*),title=([^:,\r\n]*)::([^\r\n]*)", line)
     assert found, line
     return tuple(re.sub("%(25|0D|0A|3A|2C)", lambda m: unquote(m[0]), part) for part in found.groups())
 
@@ -68,19 +71,26 @@ def told(words: str) -> list[tuple[str, ...]]:
 @given(CASES)
 def test_any_words_survive(cases: list[Case]) -> None:
     root = ET.fromstring(ci.junit("verify", cases))
-    kinds = ["error" if c.error else "failure" if c.failure else None for c in cases] or ["failure"]
+    kinds = ["error" if c.error else "failure" if c.failure else "skipped" if c.doubt else "" for c in cases]
+    kinds = kinds or ["failure"]
     names = [ci._text(c.name) for c in cases] or ["verify"]
     assert [c.attrib["name"] for c in root.iter("testcase")] == names
     found = [[part.tag for part in c if part.tag != "system-out"] for c in root.iter("testcase")]
     assert found == [[kind] if kind else [] for kind in kinds]
-    assert (int(root.attrib["failures"]), int(root.attrib["errors"])) == (kinds.count("failure"), kinds.count("error"))
+    counts = {"failures": kinds.count("failure"), "errors": kinds.count("error"), "skipped": kinds.count("skipped")}
+    assert {name: int(root.attrib[name]) for name in counts} == counts
 
     lines = list(ci.annotations("verify", cases, about=ROOT / "a, b%2C.pth", workspace=ROOT))
-    wrong = [c for c in cases if c.failure]
+    wrong = [c for c in cases if c.failure or c.doubt]
     assert len(lines) == (len(wrong) or 1)
     for line, case in zip(lines, wrong, strict=False):
-        assert annotation(line) == ("error", "a, b%2C.pth", f"replk verify: {case.name}", case.failure)
-    assert all(line.startswith("::notice" if cases and not wrong else "::error") for line in lines)
+        assert annotation(line) == (
+            "error" if case.failure else "warning",
+            "a, b%2C.pth",
+            f"replk verify: {case.name}",
+            case.failure or case.doubt,
+        )
+    assert wrong or lines[0].startswith("::notice" if cases else "::error")
 
     table = ci.summary("verify", cases).split("\n\n", 1)[1].strip("\n").split("\n")
     assert len(table) == 2 + len(cases), "a line each"
@@ -241,6 +251,7 @@ def test_a_deployment_is_a_case_for_each_file_and_each_backend() -> None:
             "bench": {"failures": {"openvino b8": "out of memory"}},
         },
         "problem": "nothing was timed",
+        "code": Exit.UNAVAILABLE,
     }
     cases = ci.of_deployment(run)
     assert {c.name: c.failure for c in cases} == {
@@ -251,8 +262,11 @@ def test_a_deployment_is_a_case_for_each_file_and_each_backend() -> None:
         "openvino b8": "out of memory",
         "deploy": "nothing was timed",
     }
-    assert [c.name for c in cases if c.error] == ["openvino b8"]
+    assert [c.name for c in cases if c.error] == ["openvino b8", "deploy"]
     assert [c.file for c in cases] == ["out/fused.safetensors", "out/model.fp16.onnx", "", "", "", ""]
+    verdict["state"] = "provisional"
+    doubted = ci.of_deployment(run | {"exports": [], "bench": None, "code": Exit.OK})
+    assert [(c.failure, c.doubt) for c in doubted] == [("", "provisional"), ("", "nothing was timed")]
 
 
 def snippet(page: str, key: str) -> Any:

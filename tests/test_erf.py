@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from replk_deploy import cli
 from replk_deploy.erf import contributions, erf
 from replk_deploy.errors import ReplkError
 from replk_deploy.fuse import fuse
+from replk_deploy.pipeline import receptive
 from replk_deploy.proof import cast
 
 SIZE = 32
@@ -71,6 +73,24 @@ def test_fusion_leaves_the_field_and_a_planted_bug_does_not(trained) -> None:
     kernel = next(m for m in wrong.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 9)
     kernel.weight.data = torch.roll(kernel.weight.data, 1, dims=-1)
     assert erf({"trained": model, "fused": wrong}, shown).apart > 1e-3
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+def test_a_fusion_that_moves_the_field_is_rejected(checkpoint_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = receptive.fusing.fuse
+
+    def mirrored(*args: Any) -> Any:
+        made = right(*args)
+        for module in made.model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.flip(-1)
+        return made
+
+    monkeypatch.setattr(receptive.fusing, "fuse", mirrored)
+    done = CliRunner().invoke(cli.app, ["erf", str(checkpoint_file), "--images", "1", "--json", "erf.json"])
+    assert done.exit_code == 3, done.output
+    assert done.stdout.splitlines()[-1].startswith("FAIL erf ")
+    assert json.loads(Path("erf.json").read_text())["state"] == "rejected"
 
 
 @pytest.mark.usefixtures("in_empty_folder")

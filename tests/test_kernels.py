@@ -1,5 +1,6 @@
 """Our kernels without a GPU: they compile for every architecture, and all around them is right on a CPU."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -203,6 +204,9 @@ def test_a_number_beyond_32_bits_never_reaches_a_kernel() -> None:
     with pytest.raises(ReplkError, match=r"2147483648 elements apart.*smaller batch"):
         nvrtc.start("direct", (), torch.empty(1), 2**31, grid=(1, 1, 1), threads=1)
     assert nvrtc._argument(2**31 - 1).value == 2**31 - 1
+    for grid in ((1, 65536, 1), (1, 1, 65536)):
+        with pytest.raises(ReplkError, match=r"needs 65536 blocks.*takes 65535.*smaller batch"):
+            nvrtc.start("direct", (), torch.empty(1), 1, grid=grid, threads=1)
 
 
 def values(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -219,6 +223,50 @@ def test_on_a_cpu_it_is_the_convolution(dtype: torch.dtype, activation: str) -> 
     assert float((got - op.activated(whole, activation)).norm() / whole.norm()) < 2 * torch.finfo(dtype).eps
     wrong = op.activated(functional.conv2d(x.double(), weight.double(), padding=6, groups=3), activation)
     assert float((got - wrong).norm() / whole.norm()) > 0.01, "a bias that is left out shows"
+
+
+def test_a_kernel_gets_filter_and_bias_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Tensor, Tensor | None]] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(nvrtc, "limits", lambda: H100)
+    monkeypatch.setattr(tuning, "fastest", lambda _work, ways, _start: ways[0])
+    monkeypatch.setattr(nvrtc, "start", lambda _, _said, _x, w, b, *_rest, **_grid: started.append((w, b)))
+    x, weight, bias = values(X, WEIGHT, BIAS)
+    for shift in (torch.stack([bias, bias + 9], 1)[:, 0], bias[:1].expand(3)):
+        op._on_gpu(x, weight.mT, shift, "none")
+        filters, shifts = started.pop()
+        assert torch.equal(filters, weight.mT)
+        assert torch.equal(shifts, shift)
+        assert filters.is_contiguous()
+        assert shifts.is_contiguous()
+    op._on_gpu(x, weight, None, "none")
+    assert started.pop()[1] is None
+
+
+SWITCHES = {  # of PyTorch, in a process of its own: once set, the newer ones cannot be unset
+    "pass": True,
+    "b.cudnn.allow_tf32 = False": False,
+    "b.cudnn.allow_tf32 = False; b.cudnn.allow_tf32 = True": True,
+    "b.fp32_precision = 'ieee'": False,
+    "b.cudnn.fp32_precision = 'tf32'": True,
+    "b.cudnn.conv.fp32_precision = 'ieee'": False,
+    "b.cudnn.allow_tf32 = False; b.fp32_precision = 'tf32'": True,
+}
+
+
+def test_pytorch_s_word_on_tf32_is_understood_whichever_switch_said_it() -> None:
+    program = f"""
+import os, torch
+from replk_deploy.kernels import op
+b = torch.backends
+for words, expected in {SWITCHES!r}.items():
+    if not (child := os.fork()):
+        exec(words)
+        os._exit(op._may_be_tf32() != expected)
+    assert not os.waitpid(child, 0)[1], words
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("how", test_kernels_gpu.HOW)
@@ -245,6 +293,14 @@ def test_it_is_compiled_and_exported_whole() -> None:
     exported = torch.export.export(model, (x,), dynamic_shapes=(batch,), strict=False)
     assert "replk.large_depthwise_conv2d" in str(exported.graph)
     torch.testing.assert_close(exported.module()(x[:3]), expected[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_under_autocast_it_takes_the_place_of_a_convolution(dtype: torch.dtype) -> None:
+    conv = nn.Conv2d(3, 3, 7, padding=3, groups=3)
+    (x,) = values((2, 3, 9, 9), dtype=dtype)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(LargeDepthwiseConv2d.of(conv)(x), conv(x))
 
 
 def test_no_image_and_no_row_give_none() -> None:
@@ -296,6 +352,8 @@ def test_other_types_and_activations_are_refused() -> None:
         nn.Conv2d(4, 4, 7, padding=6, dilation=2, groups=4),
         nn.Conv2d(4, 4, (7, 9), padding=(3, 4), groups=4),
         nn.Conv2d(4, 4, 7, padding=3, groups=4, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.Conv2d(4, 4, 8, padding="same", groups=4),
     ],
     ids=str,
 )
@@ -401,7 +459,7 @@ def test_the_products_are_right_in_triton_s_interpreter_and_planted_bugs_are_see
         command, capture_output=True, text=True, check=False, env=os.environ | {"TRITON_INTERPRET": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("right, and 6 bugs seen")
+    assert done.stdout.startswith("right, and 7 bugs seen")
 
 
 RULES = Preprocessing(size=(64, 64), mean=IMAGENET[0], std=IMAGENET[1], resize="crop", crop_pct=None, said_by="user")
@@ -514,7 +572,7 @@ def test_nobody_s_answers_are_lost(timer: Timer, monkeypatch: pytest.MonkeyPatch
     timer.ms = {"slow": 2.0, "fast": 1.0}
     tuning.fastest("mine", ["slow", "fast"], timer.timed.append)
     timer.forget(monkeypatch)
-    tuning.know({"a file's": "fast"})
+    tuning.know({"a file's": "fast", "mine": "slow"})
     timer.timed.clear()
     assert tuning.fastest("mine", ["slow", "fast"], timer.timed.append) == "fast"
     assert timer.timed == [], "what the cache holds is known beside what a file says"

@@ -458,6 +458,23 @@ def test_nodes_of_one_name_are_told_apart(choice: str, merge: bool, tmp_path: Pa
     assert [name for name, error in errors.items() if error > EXACT] == ["d"]
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_names_that_a_rewrite_would_give_may_be_taken(merge: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """By a value, a node beside and a weight; and one constant may be needed in two shapes."""
+    path = foreign(
+        tmp_path / "f.onnx",
+        helper.make_node("Relu", ["x"], ["c/Reshape"], name="c/relu"),
+        conv("c/Reshape", "a", name="c"),
+        helper.make_node("Add", ["a", "w.grouped.9x10"], ["b"], name="add"),
+        helper.make_node("Mul", ["b", "k"], ["a.chnw"], name="mul"),
+        helper.make_node("Conv", ["a.chnw", "k"], ["e"], name="first"),
+        helper.make_node("Conv", ["e", "u"], ["f"], name="second"),
+        conv("f", "y", name="d", w="v"),
+        **{"w": (4, 1, 13, 13), "v": (4, 1, 13, 13), "w.grouped.9x10": (4, 1, 1), "k": (1, 4, 1, 1), "u": (4, 1, 1, 1)},
+    )
+    assert check_foreign(path, "grouped", merge=merge).chains == merge
+
+
 @pytest.mark.parametrize("choice", ["grouped", "dense", "strip"])
 def test_a_result_that_leaves_the_graph_keeps_its_name(choice: str, tmp_path: Path) -> None:
     path = foreign(tmp_path / "f.onnx", conv("x", "a", name="a"), conv("a", "y", name="b"), w=(4, 1, 13, 13))

@@ -618,3 +618,21 @@ def test_a_file_that_nothing_vouches_for_is_not_built_because_it_was_lowered(
     with pytest.raises(IntegrityError, match=r"loose\.onnx is unverified"):
         pipeline.build(loose, backend=copier.name, form="grouped")
     assert copier.builds == 0
+
+
+def test_nothing_passes_by_answers_that_are_all_alike(run: Path, copier: type[test_build.Copier]) -> None:
+    """Its last norm lets next to nothing through: a body of anything would answer the same."""
+    dull = networks.trained(WIDE)
+    dull.norm.weight.data.mul_(1e-9)
+    pipeline.fuse(networks.save_as_trained(dull, Path("dull.pth")), root=run.parent)
+    assert pipeline.export(root=run.parent).verdict.state == "pass", "proved with other norms, too"
+    for line in (
+        "lower --lower grouped",
+        f"build --backend {copier.name}",
+        "bench --backend torch --max-seconds 0.01",
+        "bench --backend ort-cpu --lower grouped --max-seconds 0.01",
+        "deploy dull.pth --backend torch --max-seconds 0.01",
+    ):
+        done = ask(*line.split())
+        assert done.exit_code == 7, (line, done.output)
+        assert "the proof would be blind" in said(done.output)

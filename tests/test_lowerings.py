@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from replk_deploy.errors import ReplkError
 from replk_deploy.forms import AUTO, FORMS
 from replk_deploy.lowerings import LOWERINGS, NONE, base, dense, grouped, strip
-from replk_deploy.lowerings.base import LargeConv, Lowering, Writer, crop
+from replk_deploy.lowerings.base import Additions, LargeConv, Lowering, Writer, crop
 
 EXACT = 1e-12
 ODD = st.integers(0, 15).map(lambda n: 2 * n + 1)
@@ -91,7 +91,7 @@ def session(lowering: type[Lowering], site: LargeConv, kernel: np.ndarray, bias:
     """Open the nodes of a rewrite, for any batch, on ONNX Runtime."""
     dtype = ir.DataType.FLOAT
     x = ir.val("x", dtype=dtype, shape=("n", site.channels, *site.map))
-    write = Writer("here/Conv")
+    write = Writer("here/Conv", Additions(ir.Graph([], [], nodes=[])))
     weight = write.constant("w", lowering.weight(site, kernel))
     b = None if bias is None else write.constant("b", lowering.bias(site, bias))
     y = lowering.nodes(site, write, x, weight, b)

@@ -1,8 +1,10 @@
 """native without a GPU: its file, what is refused and why, and all but its kernels on a false one."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,33 @@ def test_pixels_are_normalised_as_the_file_says_and_other_pixels_refused(files: 
         for wrong in (pixels[:0], pixels[0], pixels[..., :2], pixels.transpose(0, 3, 1, 2)):
             with pytest.raises(ReplkError, match="uint8 images are"):
                 network(wrong)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_each_way_of_asking_works_on_the_gpu_of_the_weights(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        chosen.append(tensor)
+        yield
+        chosen.pop()
+
+    honest = layers.First.forward
+
+    def forward(self: layers.First, x: torch.Tensor) -> layers.Maps:
+        assert chosen, "the current GPU is of the thread, whoever opened the network"
+        return honest(self, x)
+
+    path = built(files, tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(layers.First, "forward", forward)
+    with Native(path) as network:
+        network(images(1))
+        network.layer_times(images(1), repeats=1)
+    assert chosen == []
 
 
 @pytest.mark.usefixtures("gpu")

@@ -39,6 +39,9 @@ TINY = RepLKGeometry(
 )
 
 
+RIGHT = {"step": "trained", "top1": 0.5, "correct": 1, "images": 2, "same_as_first": 2}
+
+
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with an export, a latency and a receptive field; never change it."""
@@ -163,7 +166,15 @@ def test_the_same_records_give_the_same_text(run: Path) -> None:
         ("bench.json", lambda r: r["rows"][0]["p90_ms"].update(value=0.001)),
         ("bench.json", lambda r: r["rows"][0].pop("blocks")),
         ("bench.json", lambda r: r.update(schema="replk.bench/99")),
+        ("bench.json", lambda r: r["rows"][0]["p50_ms"].update(interval=[0.0, 9e9])),
+        ("bench.json", lambda r: r.update(rows=[])),
         ("erf.json", lambda r: r.update(schema="replk.erf/2")),
+        ("erf.json", lambda r: r.pop("fields")),
+        ("erf.json", lambda r: r["fields"][0].update(cells="text")),
+        ("deployment.json", lambda r: r["inspection"].pop("macs")),
+        ("deployment.json", lambda r: r.update(accuracy=[RIGHT | {"top1": "x"}])),
+        ("deployment.json", lambda r: r.update(accuracy=[RIGHT | {"top1": 1.0}])),
+        ("deployment.json", lambda r: r["bench"]["agreements"]["ort-cpu"].update(state="rejected")),
         ("deployment.json", lambda r: r.pop("schema")),
     ],
 )
@@ -290,6 +301,55 @@ def test_a_failing_proof_is_told_first_in_every_form(run: Path, error: Any) -> N
         assert {len(row) for row in table} == {len(table[0])}
 
 
+LOST = {"torch b1": "the GPU was lost"}
+
+
+@pytest.mark.parametrize(
+    ("file", "alter", "code", "said", "tag"),
+    [
+        ("bench.json", lambda r: r.update(failures=LOST), 5, "torch b1 failed: the GPU was lost", "error"),
+        ("deployment.json", lambda r: r.update(problem="no pictures", code=2), 2, "no pictures", "error"),
+        ("deployment.json", lambda r: r.update(problem="it is NaN", code=3, wrong=True), 3, "it is NaN", "failure"),
+        ("erf.json", lambda r: r.update(apart=2e-4), 3, "receptive field by 2.0e-04, limit 1e-04", "failure"),
+        ("erf.json", lambda r: r.update(apart="nan"), 3, "receptive field by nan, limit 1e-04", "failure"),
+    ],
+)
+def test_a_failed_deployment_is_told_first_though_every_file_passed(
+    run: Path, file: str, alter: Callable[[Any], None], code: int, said: str, tag: str
+) -> None:
+    change(run / "results" / file, alter)
+    line = ["report", str(run), "--junit", str(run / "a.xml"), "--markdown", str(run / "a.md"), "--json", "-"]
+    done = CliRunner().invoke(cli.app, line)
+    assert done.exit_code == code, done.output
+    stored = json.loads(done.stdout)
+    jsonschema.validate(stored, SCHEMA)
+    state, word = ("rejected", "FAIL") if code == 3 else ("error", "ERROR")
+    assert stored["state"] == stored["runs"][0]["state"] == state
+    assert done.stderr.strip().splitlines()[-1].startswith(f"{word} report")
+    title, _, first = (run / "a.md").read_text().splitlines()[:3]
+    assert title.endswith(f": {state}")
+    assert first.startswith(f"**{word}** ")
+    assert said in first
+    (wrong,) = [[part.tag for part in case][:1] for case in ET.parse(run / "a.xml").iter("testcase") if bad(case)]
+    assert wrong == [tag]
+
+
+def bad(case: ET.Element) -> bool:
+    return case.find("failure") is not None or case.find("error") is not None
+
+
+def test_what_ends_a_deployment_early_is_in_its_report(deployed: Path, run: Path, tmp_path: Path) -> None:
+    for name in map(str, range(TINY.classes)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "a.png").write_text("no picture")
+    with pytest.raises(ReplkError, match="is not a picture") as stopped:
+        pipeline.deploy(
+            deployed.parent.parent / "best.pth", root=run.parent, backends=("ort-cpu",), data=tmp_path / "pictures"
+        )
+    found = facts.read([run])
+    assert (found.state, found.code, found.runs[0].problem) == ("error", stopped.value.code, str(stopped.value))
+
+
 def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "out" / "other"))
     failed(other)
@@ -313,6 +373,7 @@ def test_a_baseline_is_not_taken_for_the_network(run: Path, tmp_path: Path) -> N
         for percent in ("p50_ms", "p90_ms", "p99_ms"):
             if row[percent]:
                 row[percent]["value"] = ms
+                row[percent]["interval"] = row[percent]["interval"] and [ms, ms]
         row["samples_ms"] = [ms] * len(row["samples_ms"])
 
     def race(record: Any) -> None:

@@ -23,6 +23,10 @@ def test_a_planted_bug_is_an_assertion_and_a_missing_file_is_not(tmp_path: Path)
     with pytest.raises(AssertionError, match=r"fused\.safetensors does not compute what .*other\.pth does: .*limit"):
         assert_equivalent(other, fused)
 
+    exported = pipeline.export(fused, root=tmp_path / "runs").file
+    with pytest.raises(AssertionError, match=r"nothing proves that .*\.onnx computes what"):
+        assert_equivalent(exported, exported)
+
     fewer = networks.save_as_trained(networks.trained(networks.LIKE_XL), tmp_path / "xl.pth")
     with pytest.raises((AssertionError, ReplkError)):
         assert_equivalent(fewer, fused)

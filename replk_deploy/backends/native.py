@@ -134,18 +134,20 @@ class Native(Engine):
 
     def _run(self, images: Array) -> Arrays:
         network, key = self._open(), (*images.shape, images.dtype.name)
-        known = self._captured.pop(key, None) or _Captured(network, images, self._dtype, self._stream)
-        self._captured[key] = known
-        while len(self._captured) > GRAPHS:
-            self._captured.popitem(last=False)
-        return dict(zip(self.outputs, known.answers(images), strict=True))
+        with _gpu_of(network):
+            known = self._captured.pop(key, None) or _Captured(network, images, self._dtype, self._stream)
+            self._captured[key] = known
+            while len(self._captured) > GRAPHS:
+                self._captured.popitem(last=False)
+            return dict(zip(self.outputs, known.answers(images), strict=True))
 
     def prepare(self, images: Array) -> Launch:
         """Copy a batch to the GPU in the input's type; capture the graph if there is one."""
         network = self._open()
         self.check(images)
-        batch = cuda.place(images, self._dtype)
-        return cuda.CudaLaunch(_forward(network, batch), graph=self._graphs, on=self._stream)
+        with _gpu_of(network):
+            batch = cuda.place(images, self._dtype)
+            return cuda.CudaLaunch(_forward(network, batch), graph=self._graphs, on=self._stream)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -163,8 +165,8 @@ class Native(Engine):
         """Time each layer, one kernel each, in the order of execution; pooling is no layer of its own."""
         network = self._open()
         self.check(images)
-        run = _forward(network, cuda.place(images, self._dtype))
-        with cuda.translated("time the layers"):
+        with _gpu_of(network), cuda.translated("time the layers"):
+            run = _forward(network, cuda.place(images, self._dtype))
             run()  # measures what is not known yet
             return leaf_times(network.model, run, device="cuda", repeats=repeats, detail="channel-major")
 
@@ -204,6 +206,11 @@ class _Captured:
         self._launch.enqueue()
         self._launch.wait()
         return [out.numpy() for out in self._out]
+
+
+def _gpu_of(network: ChannelMajor) -> torch.cuda.device:
+    """Return what makes the GPU of the weights the current one: each thread has its own, and kernels start there."""
+    return torch.cuda.device_of(next(network.parameters()))  # type: ignore[no-untyped-call]  # missing in torch's stubs
 
 
 def _type(images: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,7 @@ Constants = tuple[tuple[str, int], ...]
 OLDEST = (8, 0)  # the first with mma.sync.m16n8k16
 EXTRA = "replk-deploy[native]"
 MOST = 2**31 - 1
+BLOCKS = 2**16 - 1  # in the second and the third direction of a grid
 
 
 _IMPORT = threading.Lock()  # its parts import one another: two threads that begin at once get half of it
@@ -135,13 +136,18 @@ def start(
     """Start a kernel on PyTorch's current device and stream; tensors go as addresses, numbers as 32 bits.
 
     Raises:
-        ReplkError: a number is too large.
+        ReplkError: a number is too large, or too many blocks.
         UnavailableError: as for `compiled`, or it does not start.
     """
     numbers = [value for value in arguments if isinstance(value, int)]
     if max(numbers, default=0) > MOST:
         raise ReplkError(
             f"maps lie {max(numbers)} elements apart, and a kernel counts to {MOST}", "use a smaller batch"
+        )
+    if max(grid[1:]) > BLOCKS:
+        raise ReplkError(
+            f"the kernel {name} needs {max(grid[1:])} blocks in one direction, and a GPU takes {BLOCKS}",
+            "use a smaller batch",
         )
     device = torch.cuda.current_device()
     kernel = _loaded(name, constants, device, shared)

@@ -6,7 +6,7 @@ On a GPU it is one kernel of this folder, on a CPU PyTorch's own convolution. It
 torch.export and in CUDA graphs. It has no gradient: it is for networks that are trained.
 """
 
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,8 @@ def large_depthwise_conv2d(
 
     Returns:
         [N, C, H, W], new, laid out as x was read; sums are in float32. Where PyTorch may use TF32 for convolutions
-        (torch.backends.cudnn.allow_tf32, on by default), float32 goes through tensor cores with 16 bits of mantissa
-        instead of TF32's 10; else through CUDA cores, with all 23.
+        (its default; torch.backends.cudnn.conv.fp32_precision or the older allow_tf32 say so), float32 goes through
+        tensor cores with 16 bits of mantissa instead of TF32's 10; else through CUDA cores, with all 23.
 
     Raises:
         ReplkError: another shape, type or device.
@@ -69,18 +69,26 @@ class LargeDepthwiseConv2d(nn.Module):
         """Take over the weights of a convolution.
 
         Raises:
-            ReplkError: it is not depthwise, or has a stride, dilation or other padding.
+            ReplkError: it is not depthwise, has a stride, dilation or other padding, or a kernel that is not in SIZES.
         """
         size = conv.kernel_size[0]
         told = (conv.stride, conv.dilation, conv.padding_mode, conv.groups, conv.out_channels, conv.kernel_size)
         wanted = ((1, 1), (1, 1), "zeros", conv.in_channels, conv.in_channels, (size, size))
-        if told != wanted or conv.padding not in {"same", (size // 2, size // 2)}:
-            raise ReplkError(f"{conv} is no depthwise convolution of stride 1 and 'same' padding", "leave it as it is")
+        if told != wanted or size not in SIZES or conv.padding not in {"same", (size // 2, size // 2)}:
+            raise ReplkError(
+                f"{conv} is no depthwise convolution of stride 1, 'same' padding and an odd kernel from 7 to 31",
+                "leave it as it is",
+            )
         return cls(conv.weight, conv.bias, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] to the same shape."""
-        return large_depthwise_conv2d(x, self.weight, self.bias, self.activation)
+        """Map [N, C, H, W] to the same shape; under autocast in its type, as a convolution does."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return large_depthwise_conv2d(x, weight, bias, self.activation)
 
 
 def _demand(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -132,11 +140,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor
 
 
 @_op.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+def _on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     with torch.cuda.device(x.device), nvrtc.translated("convolve"):
         x = _readable(x)
         y = torch.empty_like(x)
         if x.numel():
+            bias = None if bias is None else bias.contiguous()
             convolve(x, weight.contiguous(), bias, activation, y, ahead=False)
     return y
 
@@ -147,7 +156,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activat
     Args:
         x: [N, C, H, W]; each channel begins where vectors can be loaded, at a multiple of 16 bytes.
         weight: [C, 1, K, K], contiguous.
-        bias: [C].
+        bias: [C], contiguous.
         activation: none, relu or gelu.
         y: [N, C, H, W], begins as x does; written.
         ahead: fetch the weights while the kernel before this one on the stream still runs. It must not write them.
@@ -155,7 +164,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activat
     images, channels, height, width = x.shape
     shape = Shape(images=images, channels=channels, height=height, width=width, kernel=weight.shape[-1])
     dtype, (multiprocessors, shared) = str(x.dtype).removeprefix("torch."), nvrtc.limits()
-    if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+    if x.dtype == torch.float32 and _may_be_tf32():
         dtype = TF32
     tiles = candidates(shape, dtype, multiprocessors=multiprocessors, shared=shared)
 
@@ -170,6 +179,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activat
         )
 
     start(tuning.fastest(Work(shape, activation, dtype), tiles, start))
+
+
+def _may_be_tf32() -> bool:
+    """Tell whether PyTorch may use TF32 for convolutions; its older switch cannot be read once a newer one was set."""
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # missing in torch's stubs
+    return bool(switch.fp32_precision == "tf32")
 
 
 def _laid_out(x: Tensor) -> Tensor:

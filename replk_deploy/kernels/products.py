@@ -15,10 +15,9 @@ from triton.language.extra import cuda
 @triton.jit
 def _activated(v, ACT: tl.constexpr):
     if ACT == 1:
-        v = tl.maximum(v, 0.0)
-    if ACT == 2:  # exact GELU; erf(v / sqrt 2) / v is a polynomial in v², fitted here, that makes erf 1 at 4.25
-        c = tl.minimum(tl.maximum(v, -4.25), 4.25)
-        t = c * c
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACT == 2:  # exact GELU; erf(v / sqrt 2) / v is a polynomial in v², fitted here, and erf 1 from 4.25 on
+        t = v * v
         p = 1.144042500e-10 * t - 1.088751755e-08
         p = p * t + 4.581933126e-07
         p = p * t - 1.136789797e-05
@@ -28,7 +27,8 @@ def _activated(v, ACT: tl.constexpr):
         p = p * t - 1.327068210e-01
         p = p * t + 7.978108525e-01
         half = 0.5 * v
-        v = half * (c * p) + half
+        near = half * (v * p) + half  # of NaN, too
+        v = tl.where(v > 4.25, v, tl.where(v < -4.25, v * 0.0, near))
     return v
 
 
@@ -151,4 +151,4 @@ def first(
     total = tl.dot(a, patches.to(a.dtype)) + start
     out = y + m[:, None].to(tl.int64) * pitch + n[None, :]
     keep = (m[:, None] < M) & (n[None, :] < N * OH * OW)
-    tl.store(out, tl.maximum(total, 0.0).to(y.dtype.element_ty), mask=keep)
+    tl.store(out, _activated(total, 1).to(y.dtype.element_ty), mask=keep)

@@ -15,7 +15,7 @@ A tap further from the centre than the map is wide meets nothing but padding: `c
 import abc
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, final
 
@@ -242,6 +242,43 @@ class Rewritten(nn.Module):
         return f"{self.lowering.name}, {self.site}"
 
 
+class Additions:
+    """What a rewrite adds to a graph: no name that is taken, and no constant twice."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+        values = [*graph.inputs, *graph.initializers.values(), *(v for n in nodes for v in (*n.inputs, *n.outputs))]
+        self._names = {node.name for node in nodes} | {value.name for value in values if value is not None}
+        self._made: dict[tuple[ir.Value, str, tuple[int, ...]], ir.Value] = {}
+
+    def name(self, stem: str, suffix: str = "") -> str:
+        """Take a free name for a node or a value."""
+        found, count = f"{stem}{suffix}", 1
+        while found in self._names:
+            count += 1
+            found = f"{stem}_{count}{suffix}"
+        self._names.add(found)
+        return found
+
+    def constant(
+        self, value: ir.Value, suffix: str, shape: tuple[int, ...], place: Callable[[Array], Array]
+    ) -> ir.Value:
+        """Return what becomes of a constant, registered in the graph and written out when the file is saved."""
+        key = value, suffix, shape
+        if key not in self._made:
+            tensor, name = constant_of(value), self.name(f"{value.name}{suffix}")
+            assert tensor is not None  # noqa: S101  # asked for constants only
+
+            def write_out() -> ir.TensorProtocol:
+                return ir.tensor(place(tensor.numpy()), dtype=tensor.dtype, name=name)
+
+            lazy = ir.LazyTensor(write_out, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)
+            self._made[key] = ir.val(name, dtype=tensor.dtype, shape=shape, const_value=lazy)
+            self._graph.register_initializer(self._made[key])
+        return self._made[key]
+
+
 class Writer:
     """Writes operators one after the other, each named after the place that it stands for.
 
@@ -250,11 +287,10 @@ class Writer:
         constants: values to register as initializers.
     """
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, place: str, additions: Additions) -> None:
+        self._place, self._additions = place, additions
         self.nodes: list[ir.Node] = []
         self.constants: list[ir.Value] = []
-        self._counts: dict[str, int] = {}
 
     def op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Append an operator with one output, which is of the type of the first input."""
@@ -281,6 +317,4 @@ class Writer:
         return self.op("Reshape", x, self.integers("shape", shape))
 
     def _name(self, kind: str) -> str:
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        count = self._counts[kind]
-        return f"{self.place}/{kind}" if count == 1 else f"{self.place}/{kind}_{count}"
+        return self._additions.name(f"{self._place}/{kind}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from replk_deploy.lowerings.base import ChannelMajor, LargeConv, Layout, Writer, constant_of, lengths
+from replk_deploy.lowerings.base import Additions, ChannelMajor, LargeConv, Layout, Writer, constant_of, lengths
 
 SUFFIX = ".channel_major"  # of the name of a constant in the shape that it has there
 FEWEST = 2  # rewrites that make a stretch worth its borders
@@ -63,28 +63,30 @@ def chains(graph: ir.Graph, large: Collection[ir.Node]) -> list[list[ir.Node]]:
     return [nodes for nodes in found.values() if sum(node in large for node in nodes) >= FEWEST]
 
 
-def rewrite(graph: ir.Graph, chain: Sequence[ir.Node], large: Mapping[ir.Node, Place]) -> None:
+def rewrite(graph: ir.Graph, chain: Sequence[ir.Node], large: Mapping[ir.Node, Place], additions: Additions) -> None:
     """Put one stretch into the layout that suits it, and transpose where values come in and go out.
 
     Args:
         graph: changed in place.
         chain: as `chains` found it.
         large: what each large convolution in it becomes.
+        additions: to the graph.
     """
     layout = _layout(large.values())
     inside, turned = set(chain), dict[ir.Value, ir.Value]()
     for node in chain:
-        write, old = Writer(str(node.name)), node.outputs[0]
+        write, old = Writer(str(node.name), additions), node.outputs[0]
         for value in _activations(node):
             if value not in turned:
-                turned[value] = _enter(write, value, layout)
+                turned[value] = write.reshape(write.op("Transpose", value, perm=layout.axes), 0, -1)
+                turned[value].name = additions.name(str(value.name), layout.suffix)
         if node in large:
             turned[old] = _large(write, turned[_activations(node)[0]], layout, large[node])
         elif node.op_type == "Conv":
-            turned[old] = _product(graph, write, node, turned)
+            turned[old] = _product(additions, write, node, turned)
         else:
-            turned[old] = _pointwise(graph, write, node, turned)
-        turned[old].name = f"{old.name}{layout.suffix}"
+            turned[old] = _pointwise(additions, write, node, turned)
+        turned[old].name = additions.name(str(old.name), layout.suffix)
         readers = [(user, index) for user, index in old.uses() if user not in inside]
         if readers or old.is_graph_output():
             left = _leave(write, turned[old], old, layout)
@@ -163,20 +165,9 @@ def _per_channel(value: ir.Value | None, channels: int) -> tuple[int, ...] | Non
             return None
 
 
-def _constant(graph: ir.Graph, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-    """Return a constant in another shape; equal ones are stored once."""
-    name, tensor = f"{value.name}{SUFFIX}", constant_of(value)
-    if name not in graph.initializers:
-        assert tensor is not None  # noqa: S101  # asked for constants only
-        made = ir.tensor(tensor.numpy().reshape(shape), dtype=tensor.dtype, name=name)
-        graph.register_initializer(ir.val(name, dtype=made.dtype, shape=shape, const_value=made))
-    return graph.initializers[name]
-
-
-def _enter(write: Writer, value: ir.Value, layout: Layout) -> ir.Value:
-    made = write.reshape(write.op("Transpose", value, perm=layout.axes), 0, -1)
-    made.name = f"{value.name}{layout.suffix}"
-    return made
+def _constant(additions: Additions, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """Return a constant in another shape."""
+    return additions.constant(value, SUFFIX, shape, lambda array: array.reshape(shape))
 
 
 def _leave(write: Writer, value: ir.Value, old: ir.Value, layout: Layout) -> ir.Value:
@@ -200,16 +191,16 @@ def _turn(write: Writer, x: ir.Value, was: Layout, wanted: Layout, place: Place)
     return write.reshape(write.op("Transpose", write.reshape(x, *was.shape(place.volume)), perm=perm), 0, -1)
 
 
-def _product(graph: ir.Graph, write: Writer, node: ir.Node, turned: Mapping[ir.Value, ir.Value]) -> ir.Value:
+def _product(additions: Additions, write: Writer, node: ir.Node, turned: Mapping[ir.Value, ir.Value]) -> ir.Value:
     x, weight, *bias = (value for value in node.inputs if value is not None)
     tensor = constant_of(weight)
     assert tensor is not None  # noqa: S101  # see _is_1x1
     rows, columns, *_ = tensor.numpy().shape
-    matrix = _constant(graph, weight, (rows, columns))
-    return write.op("Gemm", matrix, turned[x], *(_constant(graph, value, (rows, 1)) for value in bias))
+    matrix = _constant(additions, weight, (rows, columns))
+    return write.op("Gemm", matrix, turned[x], *(_constant(additions, value, (rows, 1)) for value in bias))
 
 
-def _pointwise(graph: ir.Graph, write: Writer, node: ir.Node, turned: Mapping[ir.Value, ir.Value]) -> ir.Value:
+def _pointwise(additions: Additions, write: Writer, node: ir.Node, turned: Mapping[ir.Value, ir.Value]) -> ir.Value:
     volume = _volume(node.outputs[0])
     assert volume is not None  # noqa: S101  # or it would not be in a chain
 
@@ -219,7 +210,7 @@ def _pointwise(graph: ir.Graph, write: Writer, node: ir.Node, turned: Mapping[ir
         if value in turned:
             return turned[value]
         shape = _per_channel(value, volume[0])
-        return _constant(graph, value, shape) if shape else value
+        return _constant(additions, value, shape) if shape else value
 
     made = write.op(node.op_type, *map(fitted, node.inputs))
     write.nodes[-1].name = node.name

@@ -4,7 +4,9 @@ Both are read from the files, weights included, and widened. A whole graph compa
 misplaced tap in round-off; here it stands alone.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +38,27 @@ def check_sites(before: Path, after: Path, *, seed: int = 0) -> dict[str, float]
     ShapeInferencePass(check_type=False, strict_mode=False)(first)
     name_apart(first.graph)
     made = {str(value.name): value for node in second.graph for value in node.outputs}
+    places = _places(second.graph, {str(node.name) for node in first.graph})
     errors = {}
     for node in first.graph:
         if node.op_type == "Conv" and not node.domain and constant_of(node.inputs[1]) is not None:
             name, output = str(node.name), str(node.outputs[0].name)
-            turned = [made[output + layout.suffix] for layout in LAYOUTS if output + layout.suffix in made]
-            result = next((value for value in turned if _stands_for(value.producer(), name)), made.get(output))
+            turned = re.compile(rf"{re.escape(output)}(_\d+)?({'|'.join(re.escape(of.suffix) for of in LAYOUTS)})")
+            result = next((v for v in reversed(places[name]) if turned.fullmatch(str(v.name))), made.get(output))
             if result is None:
                 raise MismatchError(f"{name} is not in {after}", DOUBT)
             if not _same(node, result.producer()):
-                errors[name] = _error(node, name, result, torch.Generator().manual_seed(seed))
+                errors[name] = _error(node, result, places[name], torch.Generator().manual_seed(seed))
     return errors
 
 
-def _stands_for(node: ir.Node | None, name: str) -> bool:
-    """Tell whether a node is part of what the convolution of that name became."""
-    return node is not None and str(node.name).rpartition("/")[0] == name
+def _places(graph: ir.Graph, known: Collection[str]) -> Mapping[str, list[ir.Value]]:
+    """Return what is computed in the place of each node, by its name, in order; nodes that are known are in none."""
+    found: dict[str, list[ir.Value]] = defaultdict(list)
+    for node in graph:
+        if node.name not in known:
+            found[str(node.name).rpartition("/")[0]] += node.outputs
+    return found
 
 
 def _same(node: ir.Node, other: ir.Node | None) -> bool:
@@ -64,13 +71,14 @@ def _same(node: ir.Node, other: ir.Node | None) -> bool:
     return all(a is b or (a and b and a.shape == b.shape and a.tobytes() == b.tobytes()) for a, b in constants)
 
 
-def _error(node: ir.Node, name: str, result: ir.Value, generator: torch.Generator) -> float:
+def _error(node: ir.Node, result: ir.Value, place: Collection[ir.Value], generator: torch.Generator) -> float:
+    name = str(node.name)
     match lengths(node.inputs[0]):
         case [_, int(channels), int(high), int(wide)]:
             x = torch.randn(IMAGES, channels, high, wide, dtype=torch.float64, generator=generator)
         case shape:
             raise MismatchError(f"{name} was rewritten for a map of unknown size, {shape}", DOUBT)
-    entry = _entry(name, result)
+    entry = _entry(name, result, place)
     wanted = _operator(node, [x, *map(_constant, node.inputs[1:])])
     layout = _layout(entry)
     got = _value(result, {entry: x.permute(layout.axes).flatten(1) if layout else x})
@@ -88,7 +96,7 @@ def _layout(value: ir.Value) -> Layout | None:
     return next((layout for layout in LAYOUTS if str(value.name).endswith(layout.suffix)), None)
 
 
-def _entry(name: str, result: ir.Value) -> ir.Value:
+def _entry(name: str, result: ir.Value, place: Collection[ir.Value]) -> ir.Value:
     """Return the one value that a place of the graph works on."""
     entries: dict[ir.Value, None] = {}
     todo = [result]
@@ -97,7 +105,7 @@ def _entry(name: str, result: ir.Value) -> ir.Value:
         producer = value.producer()
         if constant_of(value) is not None:
             continue
-        if producer is not None and (value is result or _stands_for(producer, name)):
+        if producer is not None and (value is result or value in place):
             todo += [v for v in producer.inputs if v is not None]
         else:
             entries[value] = None

@@ -4,7 +4,8 @@ Weights are written out while the file is saved, one after the other, so that a 
 them in memory. Convolutions that share a weight on maps of one size share what it becomes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 from replk_deploy.lowerings import LOWERINGS, channel_major
 from replk_deploy.lowerings.base import (
-    Array,
+    Additions,
     Candidate,
     ChannelMajor,
     LargeConv,
@@ -62,17 +63,18 @@ def rewrite(graph: ir.Graph, jobs: Sequence[Job], *, merge: bool) -> int:
     chained = {node for chain in chains for node in chain}
     changed = dict.fromkeys([*(job.node for job in jobs), *(node for chain in chains for node in chain)])
     replaced = [value for node in changed for value in node.inputs if constant_of(value) is not None]
-    operands = {job.node: _operands(graph, job) for job in jobs}
+    additions = Additions(graph)
+    operands = {job.node: _operands(job, additions) for job in jobs}
     for job in jobs:
         if job.choice is None:
             _shrink(job, operands[job.node])
         elif job.node not in chained:
-            write = Writer(job.site.name)
+            write = Writer(job.site.name, additions)
             _replace(graph, job.node, write, _nodes(write, job, operands[job.node]))
     sites = {job.node: job.site for job in jobs}
     for chain in chains:
         places = {n: Place(able[n], sites[n], *operands[n]) for n in chain if n in able}
-        channel_major.rewrite(graph, chain, places)
+        channel_major.rewrite(graph, chain, places, additions)
     _forget(graph, replaced)
     return len(chains)
 
@@ -112,42 +114,20 @@ def _candidate(node: ir.Node, opset: int) -> Candidate | None:
     )
 
 
-def _operands(graph: ir.Graph, job: Job) -> tuple[ir.Value, ir.Value | None]:
+def _operands(job: Job, additions: Additions) -> tuple[ir.Value, ir.Value | None]:
     """Return weight and bias as the job's rewrite wants them, registered in the graph."""
     node, site = job.node, job.site
     weight, bias = node.inputs[1], node.inputs[BIAS] if len(node.inputs) > BIAS else None
     assert weight is not None  # noqa: S101  # a candidate has one
+    suffix = f".{job.choice or 'cropped'}.{site.map[0]}x{site.map[1]}"
     if job.choice is None:
-        return _written(graph, weight, "cropped", site, (site.channels, 1, *site.taps), crop), bias
+        return additions.constant(weight, suffix, (site.channels, 1, *site.taps), partial(crop, site)), bias
     lowering = LOWERINGS[job.choice]
-    placed = _written(graph, weight, job.choice, site, lowering.shape(site), lowering.weight)
+    placed = additions.constant(weight, suffix, lowering.shape(site), partial(lowering.weight, site))
     if bias is None:
         return placed, None
     shape = lowering.bias(site, np.zeros(site.channels)).shape
-    return placed, _written(graph, bias, job.choice, site, shape, lowering.bias)
-
-
-def _written(
-    graph: ir.Graph,
-    value: ir.Value,
-    how: str,
-    site: LargeConv,
-    shape: tuple[int, ...],
-    place: Callable[[LargeConv, Array], Array],
-) -> ir.Value:
-    name = f"{value.name}.{how}.{site.map[0]}x{site.map[1]}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    tensor = constant_of(value)
-    assert tensor is not None  # noqa: S101  # a candidate without constants is no job
-
-    def write_out() -> ir.TensorProtocol:
-        return ir.tensor(place(site, tensor.numpy()), dtype=tensor.dtype, name=name)
-
-    lazy = ir.LazyTensor(write_out, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)
-    made = ir.val(name, dtype=tensor.dtype, shape=shape, const_value=lazy)
-    graph.register_initializer(made)
-    return made
+    return placed, additions.constant(bias, suffix, shape, partial(lowering.bias, site))
 
 
 def _nodes(write: Writer, job: Job, operands: tuple[ir.Value, ir.Value | None]) -> ir.Value:

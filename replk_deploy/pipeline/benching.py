@@ -20,7 +20,7 @@ from replk_deploy.backends import cuda, sidecar
 from replk_deploy.backends.base import Array, Backend, Engine, Launch, Settings
 from replk_deploy.backends.ort import OrtCpu
 from replk_deploy.bench import Bench
-from replk_deploy.errors import IntegrityError, MismatchError, ReplkError, UnavailableError
+from replk_deploy.errors import InconclusiveError, IntegrityError, MismatchError, ReplkError, UnavailableError
 from replk_deploy.forms import AUTO, LOWERED, Form
 from replk_deploy.lanes import Contestant
 from replk_deploy.lowerings import LOWERINGS, NONE
@@ -119,6 +119,7 @@ def bench(
 
     Raises:
         MismatchError: a backend answers wrongly.
+        InconclusiveError: a wrong answer might pass.
         UnavailableError: a backend cannot run, or no row could be timed.
         ReplkError: a setting that no chosen backend honours, or a wrong source.
     """
@@ -200,6 +201,7 @@ def _enter_all(
 
     Raises:
         MismatchError: it answers wrongly.
+        InconclusiveError: a wrong answer might pass.
         IntegrityError: its file is not what it should be.
     """
     key, sha256 = runner.key, files.sha256(runner.path)
@@ -221,6 +223,7 @@ def _enter_all(
                 facts |= {"error": agreement.sentence, "judged_by": agreement.against}
                 if not agreement.passed:
                     raise MismatchError(f"{key} answers wrongly: {agreement.sentence}", "do not deploy it")
+                proving.demand_signal(agreement)
             for count in runner.batches:
                 images = [
                     proving.probe_for(backend, runner.metadata, count=count, seed=n).images for n in range(ROTATE)
@@ -357,7 +360,7 @@ def _lowered(
                     root=root,
                     progress=progress,
                 )
-            except (MismatchError, IntegrityError):
+            except (MismatchError, IntegrityError, InconclusiveError):
                 raise
             except ReplkError as exc:
                 found.failures[f"{runner.key} --lower {form}"], found.last = str(exc), exc

@@ -141,7 +141,7 @@ def build_file(
         try:
             proof = None
             if prove and not made.absent:
-                proof = publish.proved("build", lambda: _judge(part, source, kind, oracle, progress))
+                proof = publish.seen("build", lambda: _judge(part, source, kind, oracle, progress))
                 proof = dataclasses.replace(proof, doubt=proof.doubt or doubt)
             verdict = publish.judged(proof, sidecar.content(made.sidecar), oracle.sha256 if oracle else "")
             if proof is None and made.absent:

@@ -18,6 +18,7 @@ from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.bench import demand
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.container import Source
+from replk_deploy.erf import APART
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.inspect import Inspection
 from replk_deploy.metadata import State
@@ -37,7 +38,8 @@ from replk_deploy.workspace import ROOT, Workspace
 class Deployment:
     """A whole run: each step with its verdict, as it stands in the report.
 
-    `problem` says what ended it early; `wrong` whether that was a backend's wrong answer; `command` repeats it all.
+    `problem` says what ended it early, `code` the exit code for that, `wrong` whether that was a wrong answer;
+    `command` repeats it all.
     """
 
     KIND: ClassVar[str] = "deployment"
@@ -53,6 +55,7 @@ class Deployment:
     accuracy: tuple[Mapping[str, Any], ...]
     reused: tuple[str, ...]
     problem: str
+    code: int
     wrong: bool
     command: str
     timed: Benched | None = live()
@@ -134,6 +137,8 @@ def deploy(
             timed = dataclasses.replace(timed, skipped=skipped)
         except ReplkError as exc:
             failure = exc
+    moved = _field(loaded, run, seen.size, pictures, progress) if sound else None
+    failure = failure or moved
     done = Deployment(
         run=run.name,
         folder=run.folder,
@@ -144,6 +149,7 @@ def deploy(
         accuracy=tuple(accuracy),
         reused=tuple(reused),
         problem=str(failure) if failure else "" if passed or not sound else "nothing was timed: no export passed",
+        code=failure.code if failure else 0,
         wrong=isinstance(failure, MismatchError),
         command=_command(
             path,
@@ -163,15 +169,27 @@ def deploy(
         timed=timed,
     )
     files.write_text(run.path("results/deployment.json"), records.to_json(done))
-    if sound:
-        field = receptive.of_networks(
-            loaded, weights.read(sources.fused_of(run))[0], size=seen.size, pictures=pictures, progress=progress
-        )
-        files.write_text(run.path("results/erf.json"), records.to_json(field))
     reporting.write(facts.read([run.folder]), run.folder)
     if failure:
         raise failure
     return done
+
+
+def _field(
+    loaded: Loaded, run: Workspace, size: sources.Size, pictures: images.Pictures | None, progress: Progress
+) -> ReplkError | None:
+    """Record the receptive field; return what speaks against it."""
+    try:
+        fused, _ = weights.read(sources.fused_of(run))
+        field = receptive.of_networks(loaded, fused, size=size, pictures=pictures, progress=progress)
+    except ReplkError as exc:
+        return exc
+    files.write_text(run.path("results/erf.json"), records.to_json(field))
+    if field.state == "pass":
+        return None
+    return MismatchError(
+        f"fusion moved the receptive field by {field.apart:.1e}, limit {APART:.0e}", "report this file"
+    )
 
 
 def _command(path: Path, choices: Mapping[str, Any]) -> str:

@@ -240,7 +240,7 @@ def lower_file(
             words = ", ".join(filter(None, (metadata.lowered, made.words)))  # it may have been lowered before
             metadata = dataclasses.replace(metadata, lowered=words, verdict=None)
             graph.seal(part, metadata)
-        proof = publish.proved("lower", lambda: _judge(source, part, oracle, errors, lowered)) if prove else None
+        proof = publish.seen("lower", lambda: _judge(source, part, oracle, errors, lowered)) if prove else None
         verdict = publish.judged(proof, graph.content_hash(part), oracle.sha256 if oracle else "")
         if metadata:
             graph.seal(part, dataclasses.replace(metadata, verdict=verdict))

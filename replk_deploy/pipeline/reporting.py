@@ -6,7 +6,7 @@ from pathlib import Path
 from replk_deploy import ci, files
 from replk_deploy.ci import Case
 from replk_deploy.errors import ReplkError
-from replk_deploy.report import facts, forms
+from replk_deploy.report import facts, forms, sections
 from replk_deploy.report.facts import Report, Run
 from replk_deploy.workspace import ROOT, Workspace
 
@@ -33,14 +33,15 @@ def report(
     if doubled:
         raise ReplkError(f"{doubled[0]} is named twice", "name each run once")
     found = facts.read(folders)
+    texts = forms.every(found)
     if not any((html, markdown, junit, json)):
         if len(folders) > 1:
             raise ReplkError("a report of several runs belongs to none of them", "name its place: --html report.html")
-        write(found, folders[0])
+        _place(texts, folders[0])
         return found
-    texts = [(html, forms.html), (markdown, forms.markdown), (junit, _junit), (json, forms.as_json)]
-    for path, text in [(path, form(found)) for path, form in texts if path and str(path) != "-"]:
-        files.write_text(path, text)
+    for path, text in ((html, texts["html"]), (markdown, texts["md"]), (junit, _junit(found)), (json, texts["json"])):
+        if path and str(path) != "-":
+            files.write_text(path, text)
     return found
 
 
@@ -55,16 +56,22 @@ def cases(run: Run) -> tuple[Case, ...]:
         name = f"{run.name}: {step.file}"
         for check in step.checks:
             said = f"{check.error:.1e} off, gate {check.gate:.1e}, {check.share:.2f} of the allowance"
-            bad = said if check.state == "rejected" else ""
-            made.append(Case(name=f"{name}: {check.name}", found=said, failure=bad))
-        made.append(Case(name=name, found=f"{step.state}: {step.why}", failure=step.why * (step.state == "rejected")))
+            made.append(Case.judged(f"{name}: {check.name}", check.state, said))
+        made.append(Case.judged(name, step.state, f"{step.state}: {step.why}"))
+    moved = sections.moved(run)
+    if moved:
+        made.append(Case(name=f"{run.name}: receptive field", found="", failure=moved))
+    made += [Case.stopped(f"{run.name}: {name}", why) for name, why in run.failures.items()]
     if run.problem:
-        made.append(Case(name=run.name, found="", failure=run.problem))
+        made.append(ci.ended(run.name, run.problem, run.code))
     return tuple(made)
 
 
 def write(found: Report, folder: Path) -> None:
     """Write all forms into a run folder."""
-    texts = {"json": forms.as_json(found), "md": forms.markdown(found), "html": forms.html(found)}
+    _place(forms.every(found), folder)
+
+
+def _place(texts: dict[str, str], folder: Path) -> None:
     for suffix, text in texts.items():
         files.write_text(folder / f"report.{suffix}", text)

@@ -1,6 +1,5 @@
 """`replk verify`: one file judged by another."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from replk_deploy import backends as runtimes
@@ -41,31 +40,25 @@ def verify(
             "two engines have no reference between them", "name a checkpoint, fused weights or an ONNX file"
         )
     if _rank(candidate) > 1:
-        return _seen(lambda: _engine(reference, candidate, source, head, progress))
+        return publish.seen("verify", lambda: _engine(reference, candidate, source, head, progress))
     if _rank(reference):
-        return _seen(lambda: proving.prove_graphs(reference, candidate, progress=progress))
+        return publish.seen("verify", lambda: proving.prove_graphs(reference, candidate, progress=progress))
     loaded = sources.load_either(reference, source, head)
     oracle, doubt = Oracle(loaded.model, loaded.sha256), sources.doubt(loaded)
     if _rank(candidate):
         rules = loaded.preprocessing
-        return _seen(lambda: proving.prove_file(oracle, candidate, preprocessing=rules, doubt=doubt, progress=progress))
+        return publish.seen(
+            "verify", lambda: proving.prove_file(oracle, candidate, preprocessing=rules, doubt=doubt, progress=progress)
+        )
     other = sources.load_either(candidate, source, head)
     if sources.rounding(loaded) > sources.rounding(other):
         loaded, other, oracle = other, loaded, Oracle(other.model, other.sha256)  # rounded weights judge nobody
         doubt = sources.doubt(loaded)
     rules, shown = loaded.preprocessing, size or loaded.preprocessing.size
-    return _seen(
-        lambda: proving.prove_pair(oracle, other, size=shown, preprocessing=rules, doubt=doubt, progress=progress)
+    return publish.seen(
+        "verify",
+        lambda: proving.prove_pair(oracle, other, size=shown, preprocessing=rules, doubt=doubt, progress=progress),
     )
-
-
-def _seen(prove: Callable[[], Proof]) -> Proof:
-    """Run a proof, and let nothing pass by a comparison that could not have failed."""
-    proof = publish.proved("verify", prove)
-    if proof.state != "rejected":
-        for agreement in proof.agreements:
-            proving.demand_signal(agreement)
-    return proof
 
 
 def _rank(path: Path) -> int:

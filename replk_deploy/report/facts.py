@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from replk_deploy import __version__, records, verify
-from replk_deploy.errors import IntegrityError, ReplkError
-from replk_deploy.measurement import NEEDED, round_means
+from replk_deploy.erf import state_of
+from replk_deploy.errors import Exit, IntegrityError, ReplkError
+from replk_deploy.measurement import NEEDED, block_medians, round_means
 from replk_deploy.metadata import State
 from replk_deploy.proof import Proof
 from replk_deploy.quantiles import quantile
@@ -17,11 +18,13 @@ from replk_deploy.verify import Agreement, Bound, Row
 from replk_deploy.workspace import Workspace
 
 Record = Mapping[str, Any]
+Outcome = State | Literal["error"]
 ORDER: tuple[State, ...] = ("rejected", "unverified", "provisional", "pass")
 # kind of record → the newest format that is understood here
 NEWEST = dict.fromkeys(("fused", "exported", "lowered-file", "built", "deployment", "profile", "erf"), 1) | {"bench": 2}
 STEPS = {"fuse": "fused", "export": "exported", "lower": "lowered-file", "build": "built"}
 CLOSE = 1e-9  # the same number, written and read again
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of reading what is not as written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one run folder vouches for; the records are as their commands wrote them."""
+    """What one run folder vouches for; the records are as their commands wrote them.
+
+    Attributes:
+        problem: what ended the deployment early, or why nothing was timed.
+        code: the exit code that it ended with for that; 0 where it went on.
+        wrong: whether an answer was wrong.
+        failures: the rows that were lost while they were timed.
+    """
 
     DERIVED: ClassVar[tuple[str, ...]] = ("state",)
 
@@ -66,6 +76,7 @@ class Run:
     label: str
     steps: tuple[Step, ...]
     problem: str
+    code: int
     wrong: bool
     commands: tuple[str, ...]
     inspection: Record | None
@@ -76,9 +87,16 @@ class Run:
     erf: Record | None
 
     @property
-    def state(self) -> State:
-        """Return the worst verdict; a backend that answers wrongly is a rejection, too."""
-        return worst_of([*(s.state for s in self.steps), *(["rejected"] if self.wrong else [])])
+    def failures(self) -> Mapping[str, str]:
+        """Return why each row that was lost was lost."""
+        return self.bench["failures"] if self.bench else {}
+
+    @property
+    def state(self) -> Outcome:
+        """Return the worst verdict, where a wrong answer or a moved field is a rejection; an error where it failed."""
+        moved = [state_of(self.erf["apart"])] if self.erf else []
+        worst = worst_of([*(s.state for s in self.steps), *moved, *(["rejected"] if self.wrong else [])])
+        return "error" if worst != "rejected" and (self.code or self.failures) else worst
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +111,17 @@ class Report:
     version: str = __version__
 
     @property
-    def state(self) -> State:
-        """Return the worst verdict of all runs."""
-        return worst_of([run.state for run in self.runs])
+    def state(self) -> Outcome:
+        """Return the worst outcome of all runs."""
+        found = [run.state for run in self.runs]
+        worst = worst_of(found)
+        return "error" if worst != "rejected" and "error" in found else worst
+
+    @property
+    def code(self) -> int:
+        """Return the exit code: that which the first failed deployment ended with."""
+        failed = (run.code or Exit.UNAVAILABLE for run in self.runs if run.state == "error")
+        return {"rejected": Exit.MISMATCH, "error": next(failed, Exit.OK)}.get(self.state, Exit.OK)
 
 
 def worst_of(states: Sequence[str]) -> State:
@@ -111,7 +137,19 @@ def read(folders: Sequence[Path]) -> Report:
         IntegrityError: a file is missing, altered, damaged or of a newer version, or a verdict is not that of its
             numbers.
     """
-    return Report(runs=tuple(_run(Workspace.open(folder)) for folder in folders))
+    return Report(runs=tuple(_undamaged(Workspace.open(folder)) for folder in folders))
+
+
+def _undamaged(run: Workspace) -> Run:
+    try:
+        return _run(run)
+    except DAMAGE as exc:
+        raise damaged(run.name, exc) from exc
+
+
+def damaged(name: str, exc: Exception) -> IntegrityError:
+    """Say that a run has a record which is not as its command wrote it."""
+    return IntegrityError(f"a record of {name} is damaged: {exc!r}", "repeat replk deploy, which writes them again")
 
 
 def _run(run: Workspace) -> Run:
@@ -123,6 +161,8 @@ def _run(run: Workspace) -> Run:
     bench = next(iter(found.get("bench", ())), None)
     if bench is not None:
         _believe(run, bench)
+    if deployed is not None:
+        _believe_accuracy(run, deployed)
     steps = (*_steps(run), *_rejected(run))
     if not steps:
         raise ReplkError(f"{run.folder} holds no verdict to report", "begin with: replk fuse CHECKPOINT")
@@ -132,6 +172,7 @@ def _run(run: Workspace) -> Run:
         label=label,
         steps=steps,
         problem=deployed["problem"] if deployed else "",
+        code=deployed["code"] if deployed else 0,
         wrong=deployed["wrong"] if deployed else False,
         commands=(deployed["command"],) if deployed and deployed.get("command") else (),
         inspection=deployed["inspection"] if deployed else None,
@@ -275,14 +316,33 @@ def _believe(run: Workspace, bench: Record) -> None:
         raise IntegrityError(f"{path} is damaged: {exc!r}", again) from exc
 
 
+def _believe_accuracy(run: Workspace, deployed: Record) -> None:
+    """Refuse a share of right answers that is not that of their number, and a backend that is called wrong nowhere."""
+    path, again = run.path("results/deployment.json"), "repeat replk deploy"
+    for step in deployed["accuracy"]:
+        if not _same(step["top1"], step["correct"] / step["images"]):
+            raise IntegrityError(
+                f"{path}: {step['step']} says {step['top1']} right, it is {step['correct']} of {step['images']}", again
+            )
+    for name, stated in (deployed["bench"] or {"agreements": {}})["agreements"].items():
+        judged = _agreement(stated)
+        if judged.state != stated["state"]:
+            raise IntegrityError(f"{path}: {name} is called {stated['state']}, its rows say {judged.state}", again)
+
+
 def _misquoted(bench: Record) -> Iterator[str]:
     means = {row["name"]: round_means(row["samples_ms"], row["blocks"]) for row in bench["rows"]}
     for row in bench["rows"]:
         for percent in NEEDED:
             said = row[f"p{percent}_ms"]
-            found = quantile(row["samples_ms"], percent / 100).value
-            if said and not _same(said["value"], found):
-                yield f"{row['name']} says a p{percent} of {said['value']} ms, its samples {found} ms"
+            found = quantile(row["samples_ms"], percent / 100)
+            if percent == 50:  # noqa: PLR2004  # the median
+                found = found.wider(quantile(block_medians(row["samples_ms"], row["blocks"]), 0.5))
+            if said and not _same(said["value"], found.value):
+                yield f"{row['name']} says a p{percent} of {said['value']} ms, its samples {found.value} ms"
+            ends, widest = (said and said["interval"]) or (), found.interval or ()
+            if ends and not (len(ends) == len(widest) and all(map(_same, ends, widest))):
+                yield f"{row['name']} says a p{percent} within {ends} ms, its samples {widest}"
         if row["ratio"] and row["ratio"]["baseline"] in means:  # format 1 named a backend there
             pairs = zip(means[row["name"]], means[row["ratio"]["baseline"]], strict=False)
             ratios = [own / other for own, other in pairs]

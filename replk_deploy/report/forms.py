@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from replk_deploy import records
-from replk_deploy.report.facts import Report
+from replk_deploy.report.facts import DAMAGE, Report, damaged
 from replk_deploy.report.sections import (
     WORDS,
     Chart,
@@ -27,6 +27,18 @@ NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?[%xGM]?| \[.*\])?$|–$|n/a.*$|
 HASH = re.compile(r"[0-9a-f]{40,64}(-dirty)?$")
 STATES = {word: state for state, word in WORDS.items()}
 BULKY = ("samples_ms", "blocks", "windows", "gpu_ms", "enqueue_ms", "flags", "warmup", "pace")
+
+
+def every(report: Report) -> dict[str, str]:
+    """Return all forms by their endings.
+
+    Raises:
+        IntegrityError: one of them cannot take a record: it is damaged, whichever form was asked for.
+    """
+    try:
+        return {"json": as_json(report), "md": markdown(report), "html": html(report)}
+    except (*DAMAGE, UndefinedError) as exc:
+        raise damaged(", ".join(run.name for run in report.runs), exc) from exc
 
 
 def html(report: Report) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from replk_deploy import charts
+from replk_deploy.erf import APART, state_of
 from replk_deploy.forms import FORMS, LOWERED
 from replk_deploy.precision import ALGEBRA
 from replk_deploy.report.facts import Record, Report, Run
 
-WORDS = {"pass": "PASS", "provisional": "PROVISIONAL", "unverified": "UNVERIFIED", "rejected": "FAIL"}
+WORDS = {"pass": "PASS", "provisional": "PROVISIONAL", "unverified": "UNVERIFIED", "rejected": "FAIL", "error": "ERROR"}
 LAYERS = 24  # rows of a profile that are shown, the slowest ones
 MACHINE = ("cpu", "cores_physical", "gpu", "driver", "os", "python", "torch", "onnx", "onnxruntime", "replk", "git")
 
@@ -71,13 +72,22 @@ def title_of(report: Report) -> str:
 
 def sentence_of(run: Run) -> str:
     """Say the verdict of a run in one sentence: why it failed, or how close it came."""
+    if run.state == "error":
+        return run.problem if run.code else "; ".join(f"{name} failed: {why}" for name, why in run.failures.items())
     bad = next((s for s in run.steps if s.state == run.state), None)
     if run.wrong or bad is None:
-        return run.problem
+        return run.problem or moved(run)
     if run.state != "pass":
         return f"{bad.file}: {bad.why}"
     closest = max(run.steps, key=lambda s: s.worst or 0)
     return f"{len(run.steps)} files equal the network as trained; closest to its gate is {closest.file}: {closest.why}"
+
+
+def moved(run: Run) -> str:
+    """Say that the receptive field of the fused network is another."""
+    if run.erf is None or state_of(run.erf["apart"]) == "pass":
+        return ""
+    return f"fusion moved the receptive field by {float(run.erf['apart']):.1e}, limit {APART:.0e}"
 
 
 def sections(report: Report) -> tuple[Section, ...]:
@@ -244,7 +254,7 @@ def _latency(run: Run) -> Iterator[Part]:
     for row in timed:
         if _own(row) and row["facts"].get("sha256") not in {None, *known}:
             yield Doubt(f"{row['name']}: it timed a file that this run no longer holds: measure again")
-    for name, why in {**run.skipped, **run.bench["failures"]}.items():
+    for name, why in {**run.skipped, **run.failures}.items():
         yield Doubt(f"{name}: {why}")
 
 
@@ -286,8 +296,10 @@ def _receptive(run: Run) -> Iterator[Part]:
     height, width = run.erf["size"]
     yield Words(
         f"Which pixels the centre of the last feature map depends on, over {run.erf['images']} images of"
-        f" {height}x{width} ({run.erf['shown']}). Fusion moved the map by {run.erf['apart']:.1e}."
+        f" {height}x{width} ({run.erf['shown']}). Fusion moved the map by {float(run.erf['apart']):.1e}."
     )
+    if moved(run):
+        yield Doubt(moved(run))
     yield Chart(
         partial(charts.fields, [(f["network"], f["cells"]) for f in run.erf["fields"]]),
         "Effective receptive field as trained and as fused.",

@@ -139,7 +139,7 @@ __device__ __forceinline__ void product8(float (&c)[4], u32 a0, u32 a1, u32 b) {
 
 __device__ __forceinline__ float activated(float v) {
 #if ACT == 1
-  return fmaxf(v, 0.0f);
+  return v < 0.0f ? 0.0f : v;  // NaN stays
 #elif ACT == 2
   return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
 #else

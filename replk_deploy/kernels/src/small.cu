@@ -91,6 +91,6 @@ small(const u16* __restrict__ x, const u16* __restrict__ w, const u16* __restric
   }
   Columns<V> found;
 #pragma unroll
-  for (int v = 0; v < V; v++) found.at[v] = narrow(ACT == 1 ? fmaxf(sum[v], 0.0f) : sum[v]);
+  for (int v = 0; v < V; v++) found.at[v] = narrow(ACT == 1 && sum[v] < 0.0f ? 0.0f : sum[v]);
   *(Columns<V>*)(y + (i64)image * y_image + (i64)channel * y_channel + (i64)row * OW + across) = found;
 }
