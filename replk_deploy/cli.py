@@ -46,6 +46,7 @@ class ErrorsAtTheEdge(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find a command, and what the project's file says of its options."""
         name, command, rest = super().resolve_command(ctx, args)
+        ctx.meta[options.SAID] = tuple(rest)  # parsing empties it
         if not ctx.resilient_parsing:
             known = {other: _options_of(self.commands[other]) for other in self.commands}
             path, said = config.choices(Path.cwd(), known)

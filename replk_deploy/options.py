@@ -1,5 +1,6 @@
 """The options that commands share: their types, their help, and what their text means."""
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,27 +13,66 @@ from replk_deploy.forms import FORMS
 from replk_deploy.forms import Form as Asked
 from replk_deploy.precision import PRECISIONS
 from replk_deploy.precision import Precision as Named
+from replk_deploy.workspace import Workspace
+
+SAID = "replk.said"  # under this key a context holds the words after the command
+WRITES = {  # kinds of records that `--json` of a command may replace: its own
+    "inspect": ("inspection",),
+    "fuse": ("fused",),
+    "export": ("exported", "lowered-file"),
+    "lower": ("lowered-file", "calibration"),
+    "verify": ("proof", "agreement"),
+    "build": ("built",),
+    "bench": ("bench",),
+    "compare": ("comparison",),
+    "profile": ("profile",),
+    "doctor": ("doctor",),
+    "erf": ("erf",),
+    "report": ("report",),
+    "deploy": ("deployment",),
+    "demo": ("deployment",),
+    "selftest": ("selftest",),
+}
+SUFFIXES = {"--html": ".html", "--markdown": ".md", "--junit": ".xml", "--json": ".json"}
 
 
-def place(path: Path | None) -> Path | None:
-    """Take the name of a file to write; one that cannot be written is refused before the work begins."""
-    if path is not None:
-        files.demand(path)
+def place(context: typer.Context, option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Take the name of a file to write; one that cannot be written or is needed is refused before the work begins."""
+    name = max(option.opts, key=len)
+    if path is None or (name == "--json" and str(path) == "-"):
+        return path
+    if not path.name.endswith(suffix := SUFFIXES.get(name, "")):
+        other = ", or - for stdout" if name == "--json" else ""
+        raise ReplkError(f"{name} {path} does not end in {suffix}", f"name a {suffix} file{other}")
+    files.demand(path)
+    said = [Path(text.partition("=")[2] if text.startswith("-") else text) for text in context.meta.get(SAID, ())]
+    source = context.get_parameter_source(option.name or "")
+    typed = source is not None and source.name == "COMMANDLINE"
+    if sum(other.resolve() == path.resolve() for other in said) > typed:
+        raise ReplkError(f"{path} is named twice, and {name} would write over it", f"name another file with {name}")
+    if name in SUFFIXES:
+        _spare(context.info_name or "", name, path)
     return path
 
 
-def _record(path: Path | None) -> Path | None:
-    if path is None or str(path) == "-":
-        return path
-    if path.suffix != ".json":
-        raise ReplkError(f"--json {path} does not end in .json", "name a .json file, or - for stdout")
-    return place(path)
-
-
-def _verdict(path: Path | None) -> Path | None:
-    if path is not None and path.suffix != ".xml":  # it is written before anything is read
-        raise ReplkError(f"--junit {path} does not end in .xml", "name a .xml file")
-    return place(path)
+def _spare(command: str, name: str, path: Path) -> None:
+    """Refuse a file that a run vouches for, and a record of another kind."""
+    remedy = f"name another file with {name}"
+    for folder in path.resolve().parents[:2]:
+        entry = path.resolve().relative_to(folder).as_posix()
+        result = entry.removeprefix("results/").removesuffix(".json") if entry.startswith("results/") else entry
+        if (folder / "manifest.json").is_file() and (
+            entry == "manifest.json" or Workspace.open(folder).entry(result) is not None
+        ):
+            raise ReplkError(f"{path} belongs to the run {folder.name}", remedy)
+    if path.suffix != ".json" or not path.is_file():
+        return
+    try:
+        kind = str(json.loads(path.read_bytes())["schema"]).removeprefix("replk.").rpartition("/")[0]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if kind and kind not in WRITES[command]:
+        raise ReplkError(f"{path} holds a record of another kind, replk.{kind}", remedy)
 
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint: .pth, .pt, .pkl or .safetensors.")]
@@ -47,11 +87,11 @@ Output = Annotated[
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the proof; the file is marked unverified.")]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", callback=_record, help="Write the result as .json; - for stdout."),
+    typer.Option("--json", metavar="FILE", callback=place, help="Write the result as .json; - for stdout."),
 ]
 Junit = Annotated[
     Path | None,
-    typer.Option("--junit", metavar="FILE", callback=_verdict, help="Write the verdict as JUnit's XML, too."),
+    typer.Option("--junit", metavar="FILE", callback=place, help="Write the verdict as JUnit's XML, too."),
 ]
 Github = Annotated[
     bool, typer.Option("--github", help="Annotate a run of GitHub Actions, and add to the summary of the step.")

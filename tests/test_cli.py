@@ -17,7 +17,7 @@ import typer.main
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from replk_deploy import __version__, pipeline, proof, render
+from replk_deploy import __version__, options, pipeline, proof, render
 from replk_deploy.backends.torch import Torch
 from replk_deploy.cli import _options_of, app
 from replk_deploy.errors import ContractError, Exit, UnavailableError
@@ -270,6 +270,34 @@ def test_a_json_file_that_cannot_be_written_is_a_refusal() -> None:
     done = ask("inspect", "ckpt.pth", "--json", "ckpt.pth/x.json")
     assert done.exit_code == 2
     assert last(done.stderr).startswith("ERROR inspect: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("report --html ckpt.pth", "does not end in .html"),
+        ("report --html RUN/fused.safetensors", "does not end in .html"),
+        ("report --markdown same.html", "does not end in .md"),
+        ("report --json RUN/manifest.json", "belongs to the run"),
+        ("verify ckpt.pth RUN/model.fp32.onnx --json RUN/results/model.fp32.onnx.json", "belongs to the run"),
+        ("export --onnx --json RUN/results/model.fp32.onnx.json", "belongs to the run"),
+        ("fuse ckpt.pth -o one.json --json=./one.json", "is named twice"),
+        ("compare one.json one.json --json one.json", "is named twice"),
+        ("compare . . --json one.json", "holds a record of another kind, replk.bench"),
+    ],
+)
+def test_no_output_replaces_what_is_needed(folder: Path, line: str, said: str) -> None:
+    (run,) = {path.parent for path in folder.rglob("manifest.json")}
+    (folder / "one.json").write_text('{"schema": "replk.bench/2"}')
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = ask(*line.replace("RUN", str(run.relative_to(folder))).split())
+    assert (done.exit_code, said in done.output.replace("\n", " ")) == (2, True), done.output
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_command_with_a_record_says_which_it_writes() -> None:
+    commands = typer.main.get_command(app).commands
+    assert {n for n, c in commands.items() if any("--json" in p.opts for p in c.params)} == set(options.WRITES)
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------
