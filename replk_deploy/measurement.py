@@ -5,15 +5,15 @@ GPU held its clocks down are flagged, and count like all others.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from replk_deploy import clocks
 from replk_deploy.precision import Precision
-from replk_deploy.quantiles import Quantile, autocorrelation, quantile
+from replk_deploy.quantiles import Quantile, autocorrelation, quantile, same
 
 NEEDED = {50: 6, 90: 36, 99: 500}  # samples without which a percentile is not given
 ROUNDS = 6  # the smallest number whose median has a 95% interval
@@ -191,7 +191,7 @@ class Measurement:
 
     @property
     def p50_ms(self) -> Quantile:
-        """Give the median; its interval is the wider of those over samples and over block medians."""
+        """Give the median; its interval encloses those over samples and over block medians."""
         return _median(self.samples_ms, self.blocks)
 
     @property
@@ -346,3 +346,22 @@ def _median(samples_ms: Sequence[float], blocks: Sequence[int]) -> Quantile:
 
 def _tail(samples_ms: Sequence[float], percent: int) -> Quantile | None:
     return quantile(samples_ms, percent / 100) if len(samples_ms) >= NEEDED[percent] else None
+
+
+def misquoted(bench: Mapping[str, Any]) -> Iterator[str]:
+    """Say which percentiles and ratios of a record are not those of its samples."""
+    means = {row.get("name"): round_means(row["samples_ms"], row["blocks"]) for row in bench["rows"]}
+    for row in bench["rows"]:
+        name = row.get("name")  # format 1 had none
+        for percent in NEEDED:
+            said = row[f"p{percent}_ms"]
+            found = quantile(row["samples_ms"], percent / 100).value
+            if said and not same(said["value"], found):
+                yield f"{name or row['backend']} says a p{percent} of {said['value']} ms, its samples {found} ms"
+        if row["ratio"] and row["ratio"]["baseline"] in means:  # format 1 named a backend there
+            pairs = zip(means[name], means[row["ratio"]["baseline"]], strict=False)
+            ratios = [own / other for own, other in pairs]
+            median = quantile(ratios, 0.5).value
+            stated = [*row["ratio"]["rounds"], row["ratio"]["median"]["value"]]
+            if len(stated) != len(ratios) + 1 or not all(map(same, stated, [*ratios, median])):
+                yield f"the ratio of {name} is not that of its samples, {median}"
