@@ -48,12 +48,15 @@ class ErrorsAtTheEdge(typer.core.TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         ctx.meta[options.SAID] = tuple(rest)  # parsing empties it
         if not ctx.resilient_parsing:
-            known = {other: _options_of(self.commands[other]) for other in self.commands}
-            path, said = config.choices(Path.cwd(), known)
+            path, said = self.choices()
             if name in said:
                 ctx.default_map = said
                 render.note(f"choices from {path}: {', '.join(sorted(said[name]))}")
         return name, command, rest
+
+    def choices(self) -> tuple[Path | None, dict[str, dict[str, Any]]]:
+        """Return what the project's file says."""
+        return config.choices(Path.cwd(), {name: _options_of(command) for name, command in self.commands.items()})
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -124,6 +127,7 @@ def begin(
         render.out.print(f"replk {__version__}")
         raise typer.Exit(Exit.OK)
     if context.invoked_subcommand is None:
+        typing.cast("ErrorsAtTheEdge", context.command).choices()  # a broken file is said
         render.advice(advice.advise(Path()))
 
 

@@ -21,7 +21,7 @@ from replk_deploy import records
 from replk_deploy.bench import Bench
 from replk_deploy.errors import IntegrityError, ReplkError
 from replk_deploy.lowerings import NONE
-from replk_deploy.measurement import row_name
+from replk_deploy.measurement import misquoted, row_name
 
 Word = Literal["SAME", "FASTER", "SLOWER", "AMBIGUOUS"]
 Source = Path | Bench
@@ -277,6 +277,8 @@ def _side(sources: Source | Sequence[Source], side: str) -> list[_Record]:
         plain.append(raw)
         try:
             found.append(_record(name, raw))
+            for said in misquoted(raw) if isinstance(source, Path) else ():
+                raise IntegrityError(f"{name}: {said}", "measure again: replk bench --json FILE")
         except (KeyError, TypeError, ValueError) as exc:
             raise IntegrityError(
                 f"{name} is not a whole bench record: {exc!r}", "make it again: replk bench --json FILE"

@@ -84,7 +84,8 @@ def _found(folder: Path) -> tuple[Path | None, Table]:
         own, shared = place / FILE, place / SHARED
         if own.is_file():
             return own, _read(own)
-        if shared.is_file() and isinstance(table := _read(shared).get("tool", {}).get("replk"), dict):
+        tools = _read(shared).get("tool") if shared.is_file() else None
+        if isinstance(tools, dict) and isinstance(table := tools.get("replk"), dict):
             return shared, table
         if (place / ".git").exists():
             break
@@ -114,9 +115,9 @@ def _is_plain(value: Any) -> bool:
 def _taken(option: Option, value: Any, path: Path) -> Any:
     if option.switch:
         return value
-    items = [
-        str(path.parent / str(v)) if option.path else str(v) for v in (value if isinstance(value, list) else [value])
-    ]
+    items = [str(v) for v in (value if isinstance(value, list) else [value])]
+    if option.path:  # but - is stdout
+        items = [v if v == "-" else str(path.parent / v) for v in items]
     return items if option.repeats else items[0]
 
 

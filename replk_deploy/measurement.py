@@ -5,15 +5,15 @@ GPU held its clocks down are flagged, and count like all others.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from replk_deploy import clocks
 from replk_deploy.precision import Precision
-from replk_deploy.quantiles import Quantile, autocorrelation, quantile
+from replk_deploy.quantiles import Quantile, autocorrelation, quantile, same
 
 NEEDED = {50: 6, 90: 36, 99: 500}  # samples without which a percentile is not given
 ROUNDS = 6  # the smallest number whose median has a 95% interval
@@ -191,7 +191,7 @@ class Measurement:
 
     @property
     def p50_ms(self) -> Quantile:
-        """Give the median; its interval is the wider of those over samples and over block medians."""
+        """Give the median; its interval encloses those over samples and over block medians."""
         return _median(self.samples_ms, self.blocks)
 
     @property
@@ -346,3 +346,27 @@ def _median(samples_ms: Sequence[float], blocks: Sequence[int]) -> Quantile:
 
 def _tail(samples_ms: Sequence[float], percent: int) -> Quantile | None:
     return quantile(samples_ms, percent / 100) if len(samples_ms) >= NEEDED[percent] else None
+
+
+def misquoted(bench: Mapping[str, Any], *, intervals: bool = False) -> Iterator[str]:
+    """Say which percentiles, ratios and, where asked, intervals of a record are not those of its samples."""
+    means = {row.get("name"): round_means(row["samples_ms"], row["blocks"]) for row in bench["rows"]}
+    for row in bench["rows"]:
+        name = row.get("name")  # format 1 had none
+        for percent in NEEDED:
+            said, label = row[f"p{percent}_ms"], name or row["backend"]
+            found = quantile(row["samples_ms"], percent / 100)
+            if percent == 50:  # noqa: PLR2004  # the median
+                found = found.wider(quantile(block_medians(row["samples_ms"], row["blocks"]), 0.5))
+            if said and not same(said["value"], found.value):
+                yield f"{label} says a p{percent} of {said['value']} ms, its samples {found.value} ms"
+            ends, widest = (said and said["interval"]) or (), found.interval or ()
+            if intervals and ends and not (len(ends) == len(widest) and all(map(same, ends, widest))):
+                yield f"{label} says a p{percent} within {ends} ms, its samples {widest}"
+        if row["ratio"] and row["ratio"]["baseline"] in means:  # format 1 named a backend there
+            pairs = zip(means[name], means[row["ratio"]["baseline"]], strict=False)
+            ratios = [own / other for own, other in pairs]
+            median = quantile(ratios, 0.5).value
+            stated = [*row["ratio"]["rounds"], row["ratio"]["median"]["value"]]
+            if len(stated) != len(ratios) + 1 or not all(map(same, stated, [*ratios, median])):
+                yield f"the ratio of {name} is not that of its samples, {median}"

@@ -5,6 +5,7 @@ with a probability that depends on n and q alone. Samples are taken as independe
 not, the interval is too narrow, and `wider` with one over block medians is the remedy.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ import numpy as np
 from scipy.stats import binom
 
 COVERAGE = 0.95
+CLOSE = 1e-9  # the same number, written and read again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +36,11 @@ class Quantile:
         return max(self.value - low, high - self.value) / self.value
 
     def wider(self, other: "Quantile") -> "Quantile":
-        """Return this value with the wider of two intervals; none when either is missing."""
+        """Return this value with the interval that encloses both; none when either is missing."""
         if self.interval is None or other.interval is None:
             return Quantile(value=self.value, interval=None, n=self.n)
-        widest = max(self.interval, other.interval, key=lambda ends: ends[1] - ends[0])
-        return Quantile(value=self.value, interval=widest, n=self.n)
+        (low, high), (lower, higher) = self.interval, other.interval
+        return Quantile(value=self.value, interval=(min(low, lower), max(high, higher)), n=self.n)
 
 
 def ranks(n: int, q: float, coverage: float = COVERAGE) -> tuple[int, int] | None:
@@ -68,3 +70,10 @@ def autocorrelation(samples: Sequence[float]) -> float | None:
     centred = np.asarray(samples, dtype=np.float64) - np.mean(samples)
     power = float(centred @ centred)
     return float(centred[:-1] @ centred[1:]) / power if len(centred) > 2 and power > 0 else None  # noqa: PLR2004
+
+
+def same(stated: float | None, found: float) -> bool:
+    """Tell whether a stated number is the one found."""
+    if stated is None or math.isnan(stated):
+        return stated is not None and math.isnan(found)
+    return math.isclose(stated, found, rel_tol=CLOSE, abs_tol=1e-300)

@@ -278,7 +278,7 @@ def test_less_than_six_rounds_give_no_interval_and_say_so() -> None:
     assert row.missing["p90_ms"].startswith("n/a (n=6")
 
 
-def test_the_wider_of_samples_and_blocks_is_given() -> None:
+def test_the_interval_encloses_those_of_samples_and_blocks() -> None:
     calls = itertools.count()
 
     def shifting(_clock: FakeClock) -> float:  # steady within a block, unlike between blocks
@@ -287,8 +287,16 @@ def test_the_wider_of_samples_and_blocks_is_given() -> None:
     (row,) = race({"a": shifting}, max_seconds=8).rows
     over_samples = quantile(row.samples_ms, 0.5).interval
     over_blocks = quantile(measurement.block_medians(row.samples_ms, row.blocks), 0.5).interval
-    width = row.p50_ms.interval[1] - row.p50_ms.interval[0]
-    assert width == max(over_samples[1] - over_samples[0], over_blocks[1] - over_blocks[0])
+    assert row.p50_ms.interval == (min(over_samples[0], over_blocks[0]), max(over_samples[1], over_blocks[1]))
+
+
+def test_a_median_lies_in_its_own_interval() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        sizes = rng.integers(1, 40, 12)  # unlike blocks: the median of all is far from that of their medians
+        blocks = np.repeat(np.arange(12), sizes)
+        found = measurement._median(rng.lognormal(0, 2, 12)[blocks] * rng.uniform(0.99, 1.01, len(blocks)), blocks)
+        assert found.interval[0] <= found.value <= found.interval[1]
 
 
 def test_samples_that_scatter_within_blocks_alike_are_not_taken_for_sure() -> None:

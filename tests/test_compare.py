@@ -434,6 +434,16 @@ def test_what_is_no_bench_record_of_ours_is_refused(tmp_path: Path, change: dict
         compare(GOLDEN, path)
 
 
+def test_a_median_that_is_not_that_of_its_samples_is_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / "base.json", tmp_path / "new.json"]
+    for path, divisor in zip(paths, (1, 100), strict=True):
+        raw = json.loads(records.to_json(record(row(10.0))))
+        raw["rows"][0]["p50_ms"]["value"] /= divisor
+        path.write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(IntegrityError, match=r"new.json: torch b1 says a p50 of 0.1 ms, its samples 10"):
+        compare(*paths)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, "nan", "inf", None])
 def test_a_median_that_is_no_latency_is_refused(tmp_path: Path, value: Any) -> None:
     raw = json.loads(GOLDEN.read_text(encoding="utf-8"))

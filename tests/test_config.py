@@ -37,6 +37,7 @@ def test_a_key_goes_to_every_command_that_takes_it_and_a_table_to_one(tmp_path: 
         "bench": {"precision": "fp32", "cold_l2": True, "backend": ["torch"]},
         "deploy": {"precision": ["fp16"], "data": str(tmp_path / "val")},
     }
+    assert said(tmp_path, 'data = "-"') == {"deploy": {"data": "-"}}, "stdout is no file beside"
     assert said(tmp_path, 'precision = ["fp16", "fp32"]') == {"deploy": {"precision": ["fp16", "fp32"]}}
     assert said(tmp_path, "") == {}
 
@@ -50,6 +51,8 @@ def test_the_file_is_found_above_up_to_the_repository_and_shares_pyproject(tmp_p
     assert config.choices(below, COMMANDS) == (None, {}), "another project's file"
     shared = tmp_path / "repo" / config.SHARED
     shared.write_text("[tool.ruff]\nline-length = 3\n")
+    assert config.choices(below, COMMANDS) == (None, {})
+    shared.write_text("tool = 3\n")
     assert config.choices(below, COMMANDS) == (None, {})
     shared.write_text('[tool.replk.deploy]\ndata = "x.npz"\n')
     assert config.choices(below, COMMANDS) == (shared, {"deploy": {"data": str(shared.parent / "x.npz")}})
@@ -125,6 +128,7 @@ def test_the_command_line_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / config.FILE).write_text("sise = 96\n")
     done = CliRunner().invoke(cli.app, ["inspect", "any.pth", "--json", "-"])
     assert (done.exit_code, len(seen)) == (Exit.USAGE, 2)
+    assert CliRunner().invoke(cli.app, []).exit_code == Exit.USAGE
     assert "did you mean size?" in done.stderr.replace("\n", " ")
     with pytest.raises(json.JSONDecodeError):
         json.loads(done.stdout)

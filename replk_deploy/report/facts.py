@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 from replk_deploy import __version__, records, verify
 from replk_deploy.erf import state_of
 from replk_deploy.errors import Exit, IntegrityError, ReplkError
-from replk_deploy.measurement import NEEDED, block_medians, round_means
+from replk_deploy.measurement import misquoted
 from replk_deploy.metadata import State
 from replk_deploy.proof import Proof
-from replk_deploy.quantiles import quantile
+from replk_deploy.quantiles import same
 from replk_deploy.verify import Agreement, Bound, Row
 from replk_deploy.workspace import Workspace
 
@@ -23,7 +23,6 @@ ORDER: tuple[State, ...] = ("rejected", "unverified", "provisional", "pass")
 # kind of record → the newest format that is understood here
 NEWEST = dict.fromkeys(("fused", "exported", "lowered-file", "built", "deployment", "profile", "erf"), 1) | {"bench": 2}
 STEPS = {"fuse": "fused", "export": "exported", "lower": "lowered-file", "build": "built"}
-CLOSE = 1e-9  # the same number, written and read again
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of reading what is not as written
 
 
@@ -287,7 +286,7 @@ def _contradictions(stated: Record, proof: Proof, step: Step) -> Iterator[str]:
         pairs = [(claim["rel_l2"], found.rel_l2), (claim["worst"], found.worst)]
         pairs += [(row["share"], judged.share) for row, judged in zip(claim["rows"], found.rows, strict=True)]
         for said, number in pairs:
-            if not _same(float(said), number):
+            if not same(float(said), number):
                 yield f"{found.name} says {said}, its rows say {number}"
         if claim["state"] != found.state:
             yield f"{found.name} is called {claim['state']}, its rows say {found.state}"
@@ -295,7 +294,7 @@ def _contradictions(stated: Record, proof: Proof, step: Step) -> Iterator[str]:
         if said != proof.state:
             yield f"{name} is called {said}, what was compared says {proof.state}"
     worst = proof.worst if math.isfinite(proof.worst) else None
-    if not (step.worst is worst is None or _same(step.worst, proof.worst)):
+    if not (step.worst is worst is None or same(step.worst, proof.worst)):
         yield f"{step.worst} of the allowance was used, its rows say {worst}"
 
 
@@ -310,7 +309,7 @@ def _believe(run: Workspace, bench: Record) -> None:
     """Refuse percentiles and ratios that are not those of their samples."""
     path, again = run.path("results/bench.json"), f"measure again: replk bench {run.folder}"
     try:
-        for said in _misquoted(bench):
+        for said in misquoted(bench, intervals=True):
             raise IntegrityError(f"{path}: {said}", again)
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise IntegrityError(f"{path} is damaged: {exc!r}", again) from exc
@@ -320,7 +319,7 @@ def _believe_accuracy(run: Workspace, deployed: Record) -> None:
     """Refuse a share of right answers that is not that of their number, and a backend that is called wrong nowhere."""
     path, again = run.path("results/deployment.json"), "repeat replk deploy"
     for step in deployed["accuracy"]:
-        if not _same(step["top1"], step["correct"] / step["images"]):
+        if not same(step["top1"], step["correct"] / step["images"]):
             raise IntegrityError(
                 f"{path}: {step['step']} says {step['top1']} right, it is {step['correct']} of {step['images']}", again
             )
@@ -328,34 +327,6 @@ def _believe_accuracy(run: Workspace, deployed: Record) -> None:
         judged = _agreement(stated)
         if judged.state != stated["state"]:
             raise IntegrityError(f"{path}: {name} is called {stated['state']}, its rows say {judged.state}", again)
-
-
-def _misquoted(bench: Record) -> Iterator[str]:
-    means = {row["name"]: round_means(row["samples_ms"], row["blocks"]) for row in bench["rows"]}
-    for row in bench["rows"]:
-        for percent in NEEDED:
-            said = row[f"p{percent}_ms"]
-            found = quantile(row["samples_ms"], percent / 100)
-            if percent == 50:  # noqa: PLR2004  # the median
-                found = found.wider(quantile(block_medians(row["samples_ms"], row["blocks"]), 0.5))
-            if said and not _same(said["value"], found.value):
-                yield f"{row['name']} says a p{percent} of {said['value']} ms, its samples {found.value} ms"
-            ends, widest = (said and said["interval"]) or (), found.interval or ()
-            if ends and not (len(ends) == len(widest) and all(map(_same, ends, widest))):
-                yield f"{row['name']} says a p{percent} within {ends} ms, its samples {widest}"
-        if row["ratio"] and row["ratio"]["baseline"] in means:  # format 1 named a backend there
-            pairs = zip(means[row["name"]], means[row["ratio"]["baseline"]], strict=False)
-            ratios = [own / other for own, other in pairs]
-            median = quantile(ratios, 0.5).value
-            stated = [*row["ratio"]["rounds"], row["ratio"]["median"]["value"]]
-            if len(stated) != len(ratios) + 1 or not all(map(_same, stated, [*ratios, median])):
-                yield f"the ratio of {row['name']} is not that of its samples, {median}"
-
-
-def _same(stated: float | None, found: float) -> bool:
-    if stated is None or math.isnan(stated):
-        return stated is not None and math.isnan(found)
-    return math.isclose(stated, found, rel_tol=CLOSE, abs_tol=1e-300)
 
 
 def _size(file: Path) -> int:
