@@ -22,7 +22,7 @@ from replk_deploy.models.base import Network
 from replk_deploy.progress import Progress, silent
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # t of the paper
-APART = 1e-4  # beyond it the fusion is wrong, see `state_of`
+APART = 1e-2  # beyond it the fusion is wrong, see `state_of`
 CELLS = 56  # a picture in a report shows no more a side
 Map = npt.NDArray[np.float64]
 
@@ -75,7 +75,11 @@ class Receptive:
 
 
 def state_of(apart: float | str) -> State:
-    """Judge the distance of two maps: float32 rounds them 3e-7 apart, a wrong kernel moves them by up to 0.5."""
+    """Judge the distance of two maps.
+
+    float32 rounds them 3e-7 apart in the demo and 6e-4 in 31B; mirrored kernels moved them by 0.5. What moves them by
+    less is for the proof of the fusion to find.
+    """
     return "pass" if float(apart) <= APART else "rejected"
 
 
