@@ -310,8 +310,8 @@ LOST = {"torch b1": "the GPU was lost"}
         ("bench.json", lambda r: r.update(failures=LOST), 5, "torch b1 failed: the GPU was lost", "error"),
         ("deployment.json", lambda r: r.update(problem="no pictures", code=2), 2, "no pictures", "error"),
         ("deployment.json", lambda r: r.update(problem="it is NaN", code=3, wrong=True), 3, "it is NaN", "failure"),
-        ("erf.json", lambda r: r.update(apart=2e-4), 3, "receptive field by 2.0e-04, limit 1e-04", "failure"),
-        ("erf.json", lambda r: r.update(apart="nan"), 3, "receptive field by nan, limit 1e-04", "failure"),
+        ("erf.json", lambda r: r.update(apart=2e-2), 3, "receptive field by 2.0e-02, limit 1e-02", "failure"),
+        ("erf.json", lambda r: r.update(apart="nan"), 3, "receptive field by nan, limit 1e-02", "failure"),
     ],
 )
 def test_a_failed_deployment_is_told_first_though_every_file_passed(
