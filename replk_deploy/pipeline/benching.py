@@ -223,7 +223,8 @@ def _enter_all(
                 facts |= {"error": agreement.sentence, "judged_by": agreement.against}
                 if not agreement.passed:
                     raise MismatchError(f"{key} answers wrongly: {agreement.sentence}", "do not deploy it")
-                proving.demand_signal(agreement)
+                if not runner.label:  # of a network that is only compared with, nothing is deployed
+                    proving.demand_signal(agreement)
             for count in runner.batches:
                 images = [
                     proving.probe_for(backend, runner.metadata, count=count, seed=n).images for n in range(ROTATE)
