@@ -13,7 +13,6 @@ from replk_deploy.forms import FORMS
 from replk_deploy.forms import Form as Asked
 from replk_deploy.precision import PRECISIONS
 from replk_deploy.precision import Precision as Named
-from replk_deploy.workspace import Workspace
 
 SAID = "replk.said"  # under this key a context holds the words after the command
 WRITES = {  # kinds of records that `--json` of a command may replace: its own
@@ -57,6 +56,8 @@ def place(context: typer.Context, option: typer.CallbackParam, path: Path | None
 
 def _spare(command: str, name: str, path: Path) -> None:
     """Refuse a file that a run vouches for, and a record of another kind."""
+    from replk_deploy.workspace import Workspace  # noqa: PLC0415  # torch waits
+
     remedy = f"name another file with {name}"
     for folder in path.resolve().parents[:2]:
         entry = path.resolve().relative_to(folder).as_posix()
