@@ -155,7 +155,8 @@ def test_a_record_is_never_written_over_something_else(folder: Path, target: str
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(in_empty_folder: Path) -> None:
-    for ending in ("json", "xml"):
+    endings = ("html", "json", "md", "xml")
+    for ending in endings:
         Path(f"folder.{ending}").mkdir()
     Path("file").write_text("")
     commands = typer.main.get_command(app).commands
@@ -168,12 +169,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(in_em
     ]
     assert {option for _, option in asked} == {"output", "json", "junit", "html", "markdown"}
     for command, option in asked:
-        ending = "xml" if option == "junit" else "json"
+        ending = {"junit": "xml", "html": "html", "markdown": "md"}.get(option, "json")
         for place in (f"folder.{ending}", f"file/new.{ending}"):
             done = ask(command, f"--{option}", place)
             assert done.exit_code == Exit.USAGE, (command, option)
             assert done.stderr.startswith(f"error {place} "), (command, option, done.stderr)
-    assert sorted(p.name for p in in_empty_folder.iterdir()) == ["file", "folder.json", "folder.xml"]
+    assert sorted(p.name for p in in_empty_folder.iterdir()) == ["file", *(f"folder.{ending}" for ending in endings)]
 
 
 def test_a_request_to_end_is_an_interrupt_that_leaves_nothing(tmp_path: Path) -> None:
