@@ -18,14 +18,14 @@ LARGE = 13
 
 def stalls(model: nn.Module) -> bool:
     """Tell whether a network has a half-precision large depthwise convolution of few channels."""
+    convs = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return any(m.groups == m.in_channels and stalls_with(m.weight, m.in_channels) for m in convs)
+
+
+def stalls_with(weight: torch.Tensor, channels: int) -> bool:
+    """Tell whether a depthwise convolution of so many channels with a weight [C, 1, K, k] is such a one."""
     half = {torch.float16, torch.bfloat16}
-    return any(
-        isinstance(m, nn.Conv2d)
-        and m.weight.dtype in half
-        and m.groups == m.in_channels < FEW
-        and max(m.kernel_size) >= LARGE
-        for m in model.modules()
-    )
+    return weight.dtype in half and channels < FEW and max(weight.shape[2:]) >= LARGE
 
 
 @contextmanager

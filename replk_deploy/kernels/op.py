@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from replk_deploy import onednn
 from replk_deploy.errors import ReplkError
 from replk_deploy.kernels import nvrtc, tuning
 from replk_deploy.kernels.launch import ACTIVATIONS, TF32, TYPES, Activation, Shape, Tile, candidates
@@ -118,6 +119,13 @@ def activated(x: Tensor, activation: str) -> Tensor:
     return functional.relu(x) if activation == "relu" else x
 
 
+def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return what the kernel does from PyTorch's own convolution, on a CPU."""
+    with onednn.avoided(onednn.stalls_with(weight, x.shape[1])):
+        found = functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
+    return activated(found, activation)
+
+
 def _readable(x: Tensor) -> Tensor:
     """Return x as `_laid_out` says, copied unless it already lies so, and where vectors can be loaded."""
     x = x if _plain(x) else x.clone(memory_format=torch.contiguous_format)
@@ -128,8 +136,7 @@ def _readable(x: Tensor) -> Tensor:
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     y = torch.empty_like(_laid_out(x))
     if x.numel():  # PyTorch's own takes no maps without a row
-        found = functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
-        y.copy_(activated(found, activation))
+        y.copy_(by_pytorch(x, weight, bias, activation))
     return y
 
 
