@@ -83,6 +83,13 @@ def state_of(apart: float | str) -> State:
     return "pass" if float(apart) <= APART else "rejected"
 
 
+def moved(apart: float | str) -> str:
+    """Say that two maps are not one; nothing where they are."""
+    if state_of(apart) == "pass":
+        return ""
+    return f"fusion moved the receptive field by {float(apart):.1e}, limit {APART:.0e}"
+
+
 def erf(
     networks: Mapping[Literal["trained", "fused"], Network],
     images: npt.NDArray[np.float32],

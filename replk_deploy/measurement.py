@@ -355,9 +355,9 @@ def misquoted(bench: Mapping[str, Any], *, intervals: bool = False) -> Iterator[
         name = row.get("name")  # format 1 had none
         for percent in NEEDED:
             said, label = row[f"p{percent}_ms"], name or row["backend"]
-            found = quantile(row["samples_ms"], percent / 100)
-            if percent == 50:  # noqa: PLR2004  # the median
-                found = found.wider(quantile(block_medians(row["samples_ms"], row["blocks"]), 0.5))
+            is_median = percent == 50  # noqa: PLR2004
+            samples = row["samples_ms"]
+            found = _median(samples, row["blocks"]) if is_median else quantile(samples, percent / 100)
             if said and not same(said["value"], found.value):
                 yield f"{label} says a p{percent} of {said['value']} ms, its samples {found.value} ms"
             ends, widest = (said and said["interval"]) or (), found.interval or ()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from replk_deploy import checkpoint, files, images, records, sources, weights
+from replk_deploy import checkpoint, erf, files, images, records, sources, weights
 from replk_deploy import evaluate as evaluation
 from replk_deploy import inspect as inspection
 from replk_deploy import proof as proving
@@ -18,7 +18,6 @@ from replk_deploy.batch import DYNAMIC, Batch
 from replk_deploy.bench import demand
 from replk_deploy.checkpoint import Loaded
 from replk_deploy.container import Source
-from replk_deploy.erf import APART
 from replk_deploy.errors import IntegrityError, MismatchError, ReplkError
 from replk_deploy.inspect import Inspection
 from replk_deploy.metadata import State
@@ -185,11 +184,8 @@ def _field(
     except ReplkError as exc:
         return exc
     files.write_text(run.path("results/erf.json"), records.to_json(field))
-    if field.state == "pass":
-        return None
-    return MismatchError(
-        f"fusion moved the receptive field by {field.apart:.1e}, limit {APART:.0e}", "report this file"
-    )
+    said = erf.moved(field.apart)
+    return MismatchError(said, "report this file") if said else None
 
 
 def _command(path: Path, choices: Mapping[str, Any]) -> str:

@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from replk_deploy import charts
-from replk_deploy.erf import APART, state_of
+from replk_deploy import charts, erf
 from replk_deploy.forms import FORMS, LOWERED
 from replk_deploy.precision import ALGEBRA
 from replk_deploy.report.facts import Record, Report, Run
@@ -85,9 +84,7 @@ def sentence_of(run: Run) -> str:
 
 def moved(run: Run) -> str:
     """Say that the receptive field of the fused network is another."""
-    if run.erf is None or state_of(run.erf["apart"]) == "pass":
-        return ""
-    return f"fusion moved the receptive field by {float(run.erf['apart']):.1e}, limit {APART:.0e}"
+    return erf.moved(run.erf["apart"]) if run.erf else ""
 
 
 def sections(report: Report) -> tuple[Section, ...]:
